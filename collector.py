@@ -1,0 +1,1704 @@
+"""Receive Sentry's webhooks, keep every new error, and give the latest one back."""
+
+import base64
+import fcntl
+import hashlib
+import hmac
+import json
+import logging
+import math
+import os
+import re
+import sqlite3
+import threading
+import time
+import zlib
+from collections import Counter
+from contextlib import closing, contextmanager, suppress
+from datetime import UTC, datetime, timedelta
+from pathlib import Path
+
+import click
+from dotenv import dotenv_values
+from flask import Blueprint, Flask, Response, current_app, render_template, request, url_for
+from markupsafe import Markup, escape
+from werkzeug.exceptions import ClientDisconnected, HTTPException, abort
+
+VERSION = "1.0.0"
+log = logging.getLogger("collector")
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Parsing: bytes and dicts in, dicts out; no Flask, no sqlite3, no clock
+# ----------------------------------------------------------------------------------------------------------------------
+
+COLUMN_LENGTH = 8192  # characters of text kept in a column; Sentry cuts messages there, the payload stays whole
+CRUMBS = 20
+
+
+class Refused(Exception):
+    """Say that a delivery is not taken: the HTTP status, the reason it is counted under, the words for its sender."""
+
+    def __init__(self, status, reason, words):
+        super().__init__(words)
+        self.status, self.reason, self.words = status, reason, words
+
+
+def refuse_constant(name):
+    raise ValueError(f"{name} is not JSON")
+
+
+def parse_body(body):
+    """Return the delivery, a dict, in `body` (bytes); raise Refused for anything else."""
+    try:
+        # Decoded first, because json.loads would guess UTF-16 and UTF-32 from bytes.
+        payload = json.loads(body.decode("utf-8"), parse_constant=refuse_constant)
+    except UnicodeDecodeError:
+        raise Refused(400, "not UTF-8", "The body is not UTF-8; send JSON text encoded as UTF-8.") from None
+    except RecursionError:
+        raise Refused(400, "not JSON", "The JSON is nested too deeply; send what Sentry sends.") from None
+    except ValueError as error:
+        raise Refused(400, "not JSON", f"The body is not JSON ({error}); send a JSON object.") from None
+    if not isinstance(payload, dict):
+        raise Refused(400, "no object", "The JSON is not an object; send one with 'action' and 'data'.")
+    if not text(payload.get("action")) and not isinstance(payload.get("event"), dict):
+        words = "The JSON has neither an 'action' nor a legacy 'event'; point only Sentry's webhooks here."
+        raise Refused(400, "no delivery", words)
+    return payload
+
+
+def clean(value):
+    """Return text that SQLite and UTF-8 can hold: without lone surrogates and NUL."""
+    return value.encode("utf-8", "replace").decode("utf-8").replace("\0", "\ufffd")
+
+
+def text(value):
+    """Return clean text for text that is not empty, else None."""
+    return clean(value) if isinstance(value, str) and value else None
+
+
+def integer(value):
+    """Return an integer that fits 64 bits, else None."""
+    return value if type(value) is int and -(2**63) <= value < 2**63 else None
+
+
+def identifier(value):
+    """Return an id, sent as text or as a number, as text, else None."""
+    return text(str(value) if type(value) is int else value)
+
+
+def moment(value):
+    """Return a time, sent as ISO 8601 or as seconds since 1970, as ISO 8601 in UTC with Z, else None."""
+    try:
+        if isinstance(value, str):
+            when = datetime.fromisoformat(value)
+            when = when.astimezone(UTC) if when.tzinfo else when.replace(tzinfo=UTC)
+        else:
+            when = datetime.fromtimestamp(math.nan if isinstance(value, bool) else value, UTC)
+    except (TypeError, ValueError, OverflowError, OSError):
+        return None
+    return when.isoformat().replace("+00:00", "Z")
+
+
+def plain(value, depth=6):
+    """Return a copy of any JSON value that can be sent as JSON again, cut where it is nested deeper than `depth`."""
+    if isinstance(value, str):
+        return clean(value)
+    if isinstance(value, dict | list) and not depth:
+        return "…"
+    if isinstance(value, dict):
+        return {clean(key): plain(item, depth - 1) for key, item in value.items()}
+    if isinstance(value, list):
+        return [plain(item, depth - 1) for item in value]
+    if isinstance(value, float):
+        return value if math.isfinite(value) else None
+    return value if value is None or isinstance(value, bool) else integer(value)
+
+
+def first(values):
+    """Return the first value that is not None, else None."""
+    return next((value for value in values if value is not None), None)
+
+
+def as_dict(value):
+    """Return a dict as it is, and an empty one for anything else."""
+    return value if isinstance(value, dict) else {}
+
+
+def objects(value):
+    """Return the dicts in a list, or in the `values` of a dict."""
+    items = value.get("values") if isinstance(value, dict) else value
+    return [item for item in items if isinstance(item, dict)] if isinstance(items, list) else []
+
+
+def find_error(payload):
+    """Return where the parts of a delivery's error lie, dicts by name, or None if it holds no error."""
+    data, event, action = as_dict(payload.get("data")), payload.get("event"), text(payload.get("action"))
+    issue, project = as_dict(data.get("issue")), data.get("project")
+    project = {"slug": project} if isinstance(project, str) else as_dict(project)
+    for key, resource in (("error", "error"), ("event", "event_alert")):
+        if isinstance(data.get(key), dict):
+            return {
+                "event": data[key],
+                "issue": issue,
+                "project": project,
+                "data": data,
+                "kind": {"resource": resource},
+            }
+    if isinstance(data.get("issue"), dict) and data.get("activity") is None and action == "created":
+        return {"event": {}, "issue": issue, "project": project, "kind": {"resource": "issue"}}
+    if action or payload.get("data") is not None or not isinstance(event, dict):
+        return None
+    if isinstance(payload.get("group"), dict):  # a service hook
+        return {"event": event, "hook": event, "issue": payload["group"], "project": as_dict(payload.get("project"))}
+    return {"event": event, "legacy": payload}
+
+
+def interface(event, name, old_name=None):
+    """Return one of an event's interfaces (exception, request ...), wherever this form of event keeps it, else None.
+
+    Sentry 8 and before used `old_name`; service hooks send the API's form, with a list of entries.
+    """
+    entry = next((entry for entry in objects(event.get("entries")) if entry.get("type") == name), {})
+    found = (event.get(name), event.get(f"sentry.interfaces.{old_name}"), entry.get("data"))
+    return first(value for value in found if isinstance(value, dict | list))
+
+
+def find_exceptions(event):
+    """Return an event's exceptions as they were sent, the inner cause first."""
+    return objects(interface(event, "exception", "Exception")) or objects(event.get("exceptions"))
+
+
+def own_frames(value):
+    """Return the frames in the stacktrace of an exception, a thread or an event."""
+    return objects(as_dict(interface(value, "stacktrace", "Stacktrace")).get("frames"))
+
+
+def find_frames(event):
+    """Return the frames of the crash as they were sent, the oldest call first."""
+    threads = objects(interface(event, "threads"))
+    threads.sort(key=lambda thread: (thread.get("crashed") is not True, thread.get("current") is not True))
+    return next(filter(None, map(own_frames, [*reversed(find_exceptions(event)), *threads, event])), [])
+
+
+def parse_tag(value):
+    return value if value is None else clean(value) if isinstance(value, str) else json.dumps(plain(value))
+
+
+def parse_tags(event):
+    """Return an event's tags as one dict of text, sent as pairs, as objects with key and value, or as one object."""
+    tags = event.get("tags")
+    if isinstance(tags, list):
+        pairs = [(tag.get("key"), tag.get("value")) if isinstance(tag, dict) else tag for tag in tags]
+    else:
+        pairs = [list(pair) for pair in as_dict(tags).items()]
+    pairs = [pair for pair in pairs if isinstance(pair, list | tuple) and len(pair) == 2 and isinstance(pair[0], str)]
+    return {clean(key): parse_tag(value) for key, value in pairs}
+
+
+# A column's value is the first of these that its parser makes something of: "part.key", see find_parts.
+FIELDS = {
+    "timestamp": (
+        moment,
+        "event.datetime event.timestamp event.received event.dateCreated event.dateReceived "
+        "issue.lastSeen issue.firstSeen",
+    ),
+    "event_id": (identifier, "event.event_id event.eventID event.id"),
+    "issue_id": (identifier, "event.issue_id links.issue issue.id legacy.id event.groupID"),
+    "short_id": (text, "issue.shortId"),
+    "title": (text, "event.title issue.title metadata.title crash.summary legacy.message"),
+    "message": (
+        text,
+        "event.message legacy.message logentry.formatted logentry.message crash.value metadata.value metadata.title "
+        "event.title issue.title crash.summary",
+    ),
+    "culprit": (text, "event.culprit issue.culprit legacy.culprit"),
+    "level": (text, "event.level legacy.level tags.level issue.level"),
+    "status": (text, "issue.status"),
+    "platform": (text, "event.platform issue.platform"),
+    "logger": (text, "event.logger issue.logger legacy.logger tags.logger"),
+    "environment": (text, "event.environment tags.environment"),
+    "release": (text, "event.release release.version tags.release tags.sentry:release"),
+    "project_id": (identifier, "links.project issue_project.id event.projectID project.id"),
+    "project_slug": (text, "issue_project.slug legacy.project_slug legacy.project project.slug links.project_slug"),
+    "project_name": (text, "issue_project.name legacy.project_name project.name"),
+    "exception_type": (text, "crash.type metadata.type"),
+    "exception_value": (text, "crash.value metadata.value"),
+    "permalink": (text, "event.web_url hook.url issue.web_url issue.permalink legacy.url"),
+    "rule": (text, "data.triggered_rule links.rule"),
+}
+FIELDS = {key: (parse, [path.split(".", 1) for path in paths.split()]) for key, (parse, paths) in FIELDS.items()}
+
+
+def search_url(pattern, *urls):
+    """Return what `pattern` finds in the first of the URLs that has it, else None."""
+    found = (re.search(pattern, url) for url in urls if isinstance(url, str))
+    return next((match[1] for match in found if match), None)
+
+
+def find_parts(error):
+    """Return the parts of an error (see find_error) with those that must be looked for: what FIELDS draws on."""
+    event, issue = error["event"], as_dict(error.get("issue"))
+    metadata = as_dict(event.get("metadata")) or as_dict(issue.get("metadata"))
+    exceptions, project = find_exceptions(event), event.get("project")
+    crash = exceptions[-1] if exceptions else {}
+    named = [text(crash.get(key)) or text(metadata.get(key)) for key in ("type", "value")]
+    rules = as_dict(error.get("legacy")).get("triggering_rules")
+    return error | {
+        "metadata": metadata,
+        "crash": crash | {"summary": ": ".join(filter(None, named))},
+        "tags": parse_tags(event),
+        "logentry": as_dict(interface(event, "logentry", "Message")),
+        "release": as_dict(event.get("release")),
+        "issue_project": as_dict(issue.get("project")),
+        "links": {
+            "issue": search_url(r"/issues/(\d+)", event.get("issue_url"), event.get("web_url")),
+            "project": project if (identifier(project) or "").isdecimal() else None,  # other forms have a slug there
+            "project_slug": search_url(r"/api/0/projects/[^/]+/([^/]+)/events/", event.get("url")),
+            "rule": rules[0] if isinstance(rules, list) and rules else None,
+        },
+    }
+
+
+def parse_error(payload, resource, received_at):
+    """Return the row of a delivery's error but for its payload columns, or None if it holds no error.
+
+    `resource` is the Sentry-Hook-Resource header or None, `received_at` an ISO 8601 time.
+    """
+    error = find_error(payload)
+    if error is None:
+        return None
+    parts = find_parts(error)
+    row = {"received_at": received_at, "timestamp": None}
+    row |= {
+        "resource": text(resource) or as_dict(error.get("kind")).get("resource"),
+        "action": text(payload.get("action")),
+    }
+    for column, (parse, paths) in FIELDS.items():
+        row[column] = first(parse(parts[part].get(key)) for part, key in paths if part in parts)
+    row["timestamp"] = row["timestamp"] or received_at
+    return {key: cut(value, COLUMN_LENGTH) for key, value in row.items()}
+
+
+def cut(value, length):
+    """Return text of at most `length` characters, with an ellipsis where it lost some."""
+    return value if value is None or len(value) <= length else value[: length - 1] + "…"
+
+
+def parse_lines(lines):
+    return [clean(line) if isinstance(line, str) else "" for line in lines] if isinstance(lines, list) else None
+
+
+def parse_frame(frame):
+    """Return a frame in the shape that goes out; service hooks send the API's spelling."""
+    in_app, line = first((frame.get("in_app"), frame.get("inApp"))), frame.get("context_line")
+    return {
+        "filename": text(frame.get("filename")),
+        "abs_path": text(frame.get("abs_path")) or text(frame.get("absPath")),
+        "module": text(frame.get("module")),
+        "function": text(frame.get("function")),
+        "lineno": first((integer(frame.get("lineno")), integer(frame.get("lineNo")))),
+        "colno": first((integer(frame.get("colno")), integer(frame.get("colNo")))),
+        "in_app": in_app if isinstance(in_app, bool) else None,
+        "pre_context": parse_lines(frame.get("pre_context")),
+        "context_line": clean(line) if isinstance(line, str) else None,
+        "post_context": parse_lines(frame.get("post_context")),
+    }
+
+
+def parse_exception(exception):
+    """Return an exception in the shape that goes out, and its own frames for those who show the whole chain."""
+    return {
+        **{key: text(exception.get(key)) for key in ("type", "value", "module")},
+        "mechanism": plain(exception.get("mechanism")),
+        "frames": [parse_frame(frame) for frame in own_frames(exception)],
+    }
+
+
+def parse_crumb(crumb):
+    texts = {key: text(crumb.get(key)) for key in ("type", "category", "level", "message")}
+    return {"timestamp": moment(crumb.get("timestamp")), **texts, "data": plain(crumb.get("data"))}
+
+
+def parse_detail(payload):
+    """Return what of a stored delivery has no column, in the shapes that go out."""
+    event, actor = find_error(payload)["event"], payload.get("actor")
+    http, crumbs = interface(event, "request", "Http"), interface(event, "breadcrumbs", "Breadcrumbs")
+    return {
+        "exceptions": [parse_exception(exception) for exception in find_exceptions(event)],
+        "stacktrace": [parse_frame(frame) for frame in find_frames(event)],
+        "tags": parse_tags(event),
+        "actor": {key: identifier(actor.get(key)) for key in ("type", "id", "name")} if as_dict(actor) else None,
+        "request": {key: text(http.get(key)) for key in ("method", "url")} if as_dict(http) else None,
+        "breadcrumbs": [parse_crumb(crumb) for crumb in objects(crumbs)[-CRUMBS:]],
+    }
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Storage: all SQL and all files are here; knows no payload shapes
+# ----------------------------------------------------------------------------------------------------------------------
+
+COLUMNS = (
+    "id received_at timestamp resource action event_id issue_id short_id title message culprit level status platform "
+    "logger environment release project_id project_slug project_name exception_type exception_value permalink rule"
+).split()
+SCHEMA_VERSION = 1  # as schema.sql sets it
+WAIT_SECONDS = 3  # for the database's lock; a delivery that waited in vain is spooled
+LOCAL_FILE_SYSTEMS = "bcachefs btrfs ext2 ext3 ext4 f2fs jfs overlay ramfs reiserfs tmpfs xfs zfs".split()
+DELIVERY_DAYS = 90  # that the counts of deliveries are kept
+
+
+def now():
+    """Return the time in ISO 8601 with microseconds, so that texts compare as times do."""
+    return datetime.now(UTC).isoformat(timespec="microseconds").replace("+00:00", "Z")
+
+
+def choose_journal_mode(folder, mounts=Path("/proc/self/mountinfo")):
+    """Return WAL where `folder` is known to be on a local file system, else PERSIST: over a network WAL corrupts."""
+    folder, best, file_system = os.path.realpath(folder), -1, None
+    with suppress(OSError):
+        for line in mounts.read_text().splitlines():
+            mount, kind = line.split(" ")[4].encode().decode("unicode_escape"), line.split(" - ")[1].split(" ")[0]
+            if os.path.commonpath((folder, mount)) == mount and len(mount) >= best:
+                best, file_system = len(mount), kind
+    return "WAL" if file_system in LOCAL_FILE_SYSTEMS else "PERSIST"
+
+
+def is_busy(error):
+    """Say whether an attempt failed only because another process holds a lock."""
+    code = getattr(error, "sqlite_errorcode", 0) & 0xFF  # the primary code; extended ones tell the kind of busy
+    return isinstance(error, BlockingIOError) or code in (sqlite3.SQLITE_BUSY, sqlite3.SQLITE_LOCKED)
+
+
+class Database:
+    """One SQLite file as several processes share it: each keeps a connection, and writers take turns."""
+
+    def __init__(self, path, stopping=lambda: False):
+        self.path, self.stopping = Path(path), stopping
+        self.journal_mode = choose_journal_mode(self.path.parent)
+        self.kept = threading.local()
+        self.in_trouble = False
+
+    def patiently(self, attempt, deadline):
+        """Call `attempt` until no lock is in its way; at the deadline, or when the service stops, let it fail."""
+        while True:
+            try:
+                return attempt()
+            except (BlockingIOError, sqlite3.OperationalError) as error:
+                if not is_busy(error) or time.monotonic() >= deadline or self.stopping():
+                    raise
+            time.sleep(0.0005)
+
+    def identity(self):
+        """Return what a kept connection must match: a restored or deleted database is another file at the same path."""
+        with suppress(FileNotFoundError):
+            stat = os.stat(self.path)
+            return stat.st_dev, stat.st_ino
+        return None
+
+    def connection(self):
+        """Return the kept connection to read with; it is opened on first use, and so after the fork."""
+        if getattr(self.kept, "connection", None) is None or self.kept.identity != self.identity():
+            with self.locked(time.monotonic() + WAIT_SECONDS):
+                pass
+        return self.kept.connection
+
+    @contextmanager
+    def locked(self, deadline):
+        """Hold the lock that all writers take, with a kept connection to the database as it is now."""
+        if getattr(self.kept, "connection", None) is not None and self.kept.identity != self.identity():
+            self.close()
+        if getattr(self.kept, "lock", None) is None:
+            # A file of its own: to close any other descriptor of the database drops SQLite's locks on it.
+            self.kept.lock = open(f"{self.path}.lock", "ab")
+        # Polled, because a blocking flock knows no deadline.
+        self.patiently(lambda: fcntl.flock(self.kept.lock, fcntl.LOCK_EX | fcntl.LOCK_NB), deadline)
+        lock = self.kept.lock
+        try:
+            if getattr(self.kept, "connection", None) is None:
+                self.kept.connection = self.patiently(self.open, deadline)
+                self.kept.identity = self.identity()
+            yield self.kept.connection
+        finally:
+            if not lock.closed:
+                fcntl.flock(lock, fcntl.LOCK_UN)
+
+    def open(self):
+        """Return a connection to the database, its schema applied; the caller holds the lock."""
+        connection = sqlite3.connect(self.path, timeout=0.25, isolation_level=None)
+        try:
+            connection.row_factory = sqlite3.Row
+            connection.execute(f"PRAGMA journal_mode = {self.journal_mode}")
+            connection.execute("PRAGMA synchronous = FULL")
+            connection.execute("PRAGMA journal_size_limit = 16777216")  # bytes; what a long reader let the WAL grow to
+            if connection.execute("PRAGMA user_version").fetchone()[0] != SCHEMA_VERSION:
+                schema = Path(__file__).with_name("schema.sql").read_text(encoding="utf-8")
+                connection.executescript(f"BEGIN IMMEDIATE; {schema}; COMMIT")
+        except BaseException:
+            connection.close()
+            raise
+        return connection
+
+    @contextmanager
+    def turn(self, wait=None):
+        """Yield a connection inside a write transaction of its own, in turn with all other writers, and commit it.
+
+        Raises sqlite3.Error or OSError if the database cannot be written within `wait` seconds. Who has waited in vain
+        once does not wait again until a write succeeds: a crowd of waiting deliveries would fill every worker.
+        """
+        deadline = time.monotonic() + (wait if wait is not None else 0.05 if self.in_trouble else WAIT_SECONDS)
+        try:
+            with self.locked(deadline) as connection:
+                self.patiently(lambda: connection.execute("BEGIN IMMEDIATE"), deadline)
+                try:
+                    yield connection
+                    self.patiently(lambda: connection.execute("COMMIT"), deadline)
+                finally:
+                    if connection.in_transaction:
+                        connection.execute("ROLLBACK")
+            self.in_trouble = False
+        except (sqlite3.Error, OSError) as error:
+            self.in_trouble = self.in_trouble or wait is None
+            if not is_busy(error):
+                self.close()
+            raise
+
+    def close(self):
+        """Close what this process keeps; the next use opens it anew."""
+        for name in ("connection", "lock"):
+            kept = getattr(self.kept, name, None)
+            setattr(self.kept, name, None)
+            with suppress(AttributeError, sqlite3.Error, OSError):
+                kept.close()
+
+
+INSERT = """
+INSERT INTO errors ({columns}, payload_bytes, payload) SELECT {parameters}, :payload_bytes, :payload
+WHERE CASE
+    WHEN :event_id IS NOT NULL THEN TRUE  -- the unique index decides
+    WHEN :issue_id IS NOT NULL THEN NOT EXISTS (SELECT 1 FROM errors WHERE issue_id = :issue_id)
+    ELSE NOT EXISTS (SELECT 1 FROM errors WHERE {same_bytes})
+END
+ON CONFLICT DO NOTHING RETURNING id
+"""
+SAME_BYTES = "event_id IS NULL AND issue_id IS NULL AND payload_bytes = :payload_bytes AND payload = :payload"
+INSERT = INSERT.format(
+    columns=", ".join(COLUMNS[1:]), parameters=", ".join(f":{name}" for name in COLUMNS[1:]), same_bytes=SAME_BYTES
+)
+
+
+def insert_error(connection, row, body):
+    """Insert a row and its body (bytes) unless it is there already; return its id and whether it is new."""
+    packed = zlib.compress(body, 1)
+    # sqlar_uncompress takes a blob of the stated length for one that is not compressed.
+    row = row | {"payload_bytes": len(body), "payload": packed if len(packed) < len(body) else body}
+    found = connection.execute(INSERT, row).fetchone()
+    if found:
+        return found["id"], True
+    known = "event_id = :event_id" if row["event_id"] else "issue_id = :issue_id" if row["issue_id"] else SAME_BYTES
+    return connection.execute(f"SELECT min(id) FROM errors WHERE {known}", row).fetchone()[0], False
+
+
+def select_error(connection, id_):
+    """Return an error's row without its payload, or None."""
+    return connection.execute(f"SELECT {', '.join(COLUMNS)} FROM errors WHERE id = ?", (id_,)).fetchone()
+
+
+def select_body(connection, id_):
+    """Return the body of a stored delivery as it was received (bytes)."""
+    row = connection.execute("SELECT payload, payload_bytes FROM errors WHERE id = ?", (id_,)).fetchone()
+    if row is None:
+        return None
+    return row["payload"] if len(row["payload"]) == row["payload_bytes"] else zlib.decompress(row["payload"])
+
+
+FACETS = {  # as schema.sql makes them: the filter's name, the column
+    "project": "project_slug",
+    "level": "level",
+    "environment": "environment",
+    "platform": "platform",
+    "issue": "issue_id",
+}
+
+
+def match_expression(filters):
+    """Return the FTS5 query for the facets and words of `filters`, or None without any; any text is a safe query."""
+    terms = [f'facets : "\ue000{key}{filters[key].encode().hex()}"' for key in FACETS if key in filters]
+    words = ['"{}"'.format(word.replace('"', '""')) for word in filters.get("q", "").split()]
+    if words:
+        terms.append("- facets : (" + " ".join(words) + "*)")
+    return " AND ".join(terms) or None
+
+
+def narrow(connection, filters):
+    """Return `filters` with what takes a look: a short id made an issue id, times with the bounds they give for ids."""
+    found = dict(filters)
+    if "issue" in filters:
+        sql = "SELECT coalesce(max(issue_id), :issue) FROM errors WHERE short_id = :issue"
+        found["issue"] = connection.execute(sql, filters).fetchone()[0]
+    # Ids follow the times of receipt but for deliveries that were spooled, so these are bounds and no more.
+    for key, bound, sql in (
+        ("since", "from_id", "SELECT min(id) FROM errors WHERE received_at >= :since"),
+        ("until", "to_id", "SELECT max(id) FROM errors WHERE received_at <= :until"),
+    ):
+        if key in filters:
+            found[bound] = connection.execute(sql, filters).fetchone()[0] or 0
+    return found
+
+
+def select_errors(connection, filters, limit, oldest_first=False, columns=COLUMNS):
+    """Return up to `limit` rows without payloads, newest first unless told otherwise.
+
+    `filters` are those of the query string, after `narrow`; `before` and `after` are ids.
+    """
+    match = match_expression(filters)
+    source = "errors_search CROSS JOIN errors ON errors.id = errors_search.rowid" if match else "errors"
+    row_id = "errors_search.rowid" if match else "errors.id"
+    # A facet finds the row, the column is sure.
+    conditions = {key: f"errors.{column} = :{key}" for key, column in FACETS.items()} | {
+        "since": "errors.received_at >= :since",
+        "until": "errors.received_at <= :until",
+        "from_id": f"{row_id} >= :from_id",
+        "to_id": f"{row_id} <= :to_id",
+        "before": f"{row_id} < :before",
+        "after": f"{row_id} > :after",
+    }
+    where = [condition for key, condition in conditions.items() if key in filters]
+    where += ["errors_search MATCH :match"] if match else []
+    sql = f"SELECT {', '.join(f'errors.{name}' for name in columns)} FROM {source}"
+    sql += f" WHERE {' AND '.join(where)}" if where else ""
+    sql += f" ORDER BY {row_id} {'ASC' if oldest_first else 'DESC'} LIMIT :limit"
+    return connection.execute(sql, filters | {"match": match, "limit": limit}).fetchall()
+
+
+def newest_id(connection):
+    """Return the newest error's id, None if there is none."""
+    return connection.execute("SELECT max(id) FROM errors").fetchone()[0]
+
+
+def oldest_id(connection):
+    """Return the oldest error's id, None if there is none."""
+    return connection.execute("SELECT min(id) FROM errors").fetchone()[0]
+
+
+def count_errors(connection):
+    """Return how many errors are stored."""
+    return connection.execute("SELECT count(*) FROM errors").fetchone()[0]
+
+
+def select_neighbours(connection, id_):
+    """Return the ids of the next newer and the next older error, None where there is none."""
+    sql = "SELECT (SELECT min(id) FROM errors WHERE id > ?1), (SELECT max(id) FROM errors WHERE id < ?1)"
+    return tuple(connection.execute(sql, (id_,)).fetchone())
+
+
+def check_writable(database):
+    """Commit a row; raise sqlite3.Error or OSError if that cannot be done."""
+    with database.turn(wait=1) as connection:
+        sql = "INSERT INTO health VALUES (1, ?1) ON CONFLICT DO UPDATE SET checked_at = ?1"
+        connection.execute(sql, (now(),))
+
+
+def delete_old_errors(database, days, most=50):
+    """Delete those of the `most` oldest errors that are older than `days`; return how many were."""
+    limit = (datetime.now(UTC) - timedelta(days=days)).isoformat()
+    oldest = "SELECT id FROM (SELECT id, received_at FROM errors ORDER BY id LIMIT ?) WHERE received_at < ?"
+    if not database.connection().execute(oldest, (most, limit)).fetchone():
+        return 0
+    with database.turn(wait=0) as connection:
+        return connection.execute(f"DELETE FROM errors WHERE id IN ({oldest})", (most, limit)).rowcount
+
+
+class Tally:
+    """Count deliveries by day, outcome and reason, in memory until the next write takes the counts along."""
+
+    def __init__(self):
+        self.pending, self.credit, self.credited_at = {}, 100, time.monotonic()
+
+    def add(self, outcome, reason):
+        """Count a delivery; an outcome and a reason are of a fixed few."""
+        at = now()
+        key = (at[:10], outcome, reason)
+        self.pending[key] = (self.pending.get(key, (0,))[0] + 1, at)
+
+    def may_write(self):
+        """Say whether the counts alone are worth a write: 100 times at once, then once a second, whatever arrives."""
+        at = time.monotonic()
+        self.credit, self.credited_at = min(100, self.credit + at - self.credited_at), at
+        if self.credit < 1:
+            return False
+        self.credit -= 1
+        return True
+
+    def write(self, connection, outcome=None):
+        """Add the counts, and one of `outcome`, in the caller's transaction; clear `pending` after its commit."""
+        sql = """INSERT INTO deliveries VALUES (?1, ?2, ?3, ?4, ?5)
+            ON CONFLICT DO UPDATE SET count = count + ?4, last_at = max(last_at, ?5)"""
+        at = now()
+        counts = [(*key, *value) for key, value in self.pending.items()]
+        counts += [(at[:10], outcome, "", 1, at)] if outcome else []
+        connection.executemany(sql, counts)
+        oldest = (datetime.now(UTC) - timedelta(days=DELIVERY_DAYS)).isoformat()[:10]
+        connection.execute("DELETE FROM deliveries WHERE day < ?", (oldest,))
+
+
+def select_deliveries(connection):
+    """Return the counts of deliveries by outcome and reason, today's and of all days kept, the latest first."""
+    sql = """SELECT outcome, nullif(reason, '') AS reason, sum(count) FILTER (WHERE day = ?) AS today,
+        sum(count) AS count, max(last_at) AS last_at FROM deliveries GROUP BY 1, 2 ORDER BY last_at DESC"""
+    return [dict(row) | {"today": row["today"] or 0} for row in connection.execute(sql, (now()[:10],))]
+
+
+class Spool:
+    """A folder of deliveries that the database could not take yet, a file each, their names in order of receipt."""
+
+    def __init__(self, folder):
+        self.folder = Path(folder)
+
+    def put(self, received_at, resource, body):
+        """Write a delivery to disk, synced; raise OSError if that cannot be done."""
+        name = f"{time.time_ns():020}-{os.getpid()}"
+        part = self.folder / f"{name}.part"
+        try:
+            with open(part, "xb") as file:
+                file.write(json.dumps([received_at, resource]).encode() + b"\n" + body)
+                file.flush()
+                os.fsync(file.fileno())
+            part.rename(part.with_suffix(".delivery"))
+        except OSError:
+            part.unlink(missing_ok=True)
+            raise
+        folder = os.open(self.folder, os.O_RDONLY)
+        try:
+            os.fsync(folder)  # the name is durable only once the folder is
+        finally:
+            os.close(folder)
+
+    def waiting(self):
+        """Return the files that wait, the oldest first."""
+        try:
+            return sorted(self.folder / name for name in os.listdir(self.folder) if name.endswith(".delivery"))
+        except OSError:
+            return []
+
+    def drain(self, database, read_row, seconds=0.2):
+        """Move deliveries into the database for about `seconds`, in order, a short transaction at a time.
+
+        `read_row` makes a row of a resource, a time and a body. A file is removed after the commit; should that fail,
+        the database knows the delivery when it comes again.
+        """
+        until = time.monotonic() + seconds
+        while self.waiting() and time.monotonic() < until:
+            with database.turn(wait=0) as connection:
+                files = self.waiting()[:20]
+                for file in files:
+                    self.move(file, connection, read_row)
+            for file in files:
+                file.unlink(missing_ok=True)
+            log.info("moved %d spooled deliveries into the database", len(files))
+
+    def move(self, file, connection, read_row):
+        """Insert one spooled delivery; one that cannot be read is set aside under another name, for a person to see."""
+        try:
+            head, _, body = file.read_bytes().partition(b"\n")
+            received_at, resource = json.loads(head)
+            row = read_row(body, resource, received_at)
+        except FileNotFoundError:  # another worker has just moved it
+            return
+        except Exception:
+            log.exception("cannot read a spooled delivery, set aside as %s", file.with_suffix(".rejected"))
+            file.rename(file.with_suffix(".rejected"))
+            return
+        insert_error(connection, row, body)
+
+
+def backup(path, target, report):
+    """Copy the database at `path`, as it is at this moment, to a new file; `report` gets pages left and in all."""
+    part = Path(f"{target}.part")
+    part.unlink(missing_ok=True)
+    with closing(sqlite3.connect(f"{Path(path).absolute().as_uri()}?mode=ro", uri=True, timeout=10)) as source:
+        source.execute("BEGIN")
+        source.execute(
+            "SELECT count(*) FROM sqlite_schema"
+        ).fetchone()  # holds one snapshot, or writers restart the copy
+        with closing(sqlite3.connect(part)) as copy:
+            source.backup(copy, pages=2000, progress=lambda _, left, pages: report(left, pages))
+            copy.execute("PRAGMA journal_mode = DELETE")  # one file, complete without a -wal beside it
+    part.rename(target)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Presentation: one function for each shape that goes out
+# ----------------------------------------------------------------------------------------------------------------------
+
+TEXT_LENGTH = 8000  # characters of the text form at the most
+ANSI = re.compile(r"\x1b(?:\[[0-?]*[ -/]*[@-~]|\][^\x07\x1b]*(?:\x07|\x1b\\)?|[PX^_][^\x1b]*(?:\x1b\\)?|.)", re.DOTALL)
+# Control characters but tab and line feed, and those that reorder or hide text.
+UNSEEN = re.compile("[\0-\x08\x0b-\x1f\x7f-\x9f\u061c\u200b\u200e\u200f\u2028-\u202e\u2060-\u206f\ufeff\ufff9-\ufffb]")
+
+
+def summary(row):
+    """Return the scalar keys of an error."""
+    return {"id": row["id"], "url": f"/errors/{row['id']}"} | dict(row)
+
+
+def detail(row, body):
+    """Return an error in full; `body` is the delivery as it was received (bytes)."""
+    found = parse_detail(json.loads(body))
+    for exception in found["exceptions"]:
+        del exception["frames"]
+    return summary(row) | found
+
+
+def flat(value, length):
+    """Return text on one line of at most `length` characters, nothing in it that a terminal would obey."""
+    return cut(" ".join(UNSEEN.sub("", ANSI.sub("", str(value))).split()), length)
+
+
+def fold(frames):
+    """Return runs of frames, (is library code, frames); the crash, and all where no frame is marked, count as own."""
+    runs, marked = [], any(frame["in_app"] for frame in frames)
+    for frame in frames:
+        library = marked and not frame["in_app"] and frame is not frames[-1]
+        if not runs or runs[-1][0] != library:
+            runs.append((library, []))
+        runs[-1][1].append(frame)
+    return runs
+
+
+def place(frame):
+    """Return where a frame is, in the words of a Python traceback."""
+    file = frame["filename"] or frame["abs_path"] or frame["module"] or "?"
+    line = f", line {frame['lineno']}" if frame["lineno"] is not None else ""
+    return f'File "{file}"{line}, in {frame["function"] or "?"}'
+
+
+def trace_lines(frames):
+    """Return the lines of a stacktrace, the oldest call first, runs of library frames folded."""
+    lines = []
+    for library, run in fold(frames):
+        if library:
+            lines.append(f"[{len(run)} library frame{'s' if len(run) > 1 else ''}]")
+            continue
+        for frame in run:
+            lines.append(flat(place(frame), 300))
+            if frame["context_line"] and frame["context_line"].strip():
+                lines.append("  " + flat(frame["context_line"], 200))
+    return lines
+
+
+def error_text(row, body, url):
+    """Return an error as text for a terminal or an agent: the most useful part first, at most TEXT_LENGTH characters.
+
+    The lines that start at the margin are ours; the error's own words stand behind a key or are indented.
+    """
+    payload = json.loads(body)
+    found, left_out = parse_detail(payload), []
+    values = {
+        "error": row["id"], "title": row["title"], "level": row["level"],
+        "project": row["project_slug"] or row["project_name"] or row["project_id"],
+        "environment": row["environment"], "release": row["release"], "platform": row["platform"],
+        "when": row["timestamp"], "received": row["received_at"], "culprit": row["culprit"],
+        "message": None if row["message"] in (row["title"], row["exception_value"]) else row["message"],
+        "logger": row["logger"], "rule": row["rule"],
+        "issue": " ".join(filter(None, (row["short_id"], row["issue_id"]))), "event": row["event_id"],
+        "sentry": row["permalink"], "url": url,
+    }  # fmt: skip
+    lengths = {"title": 500, "message": 1000, "sentry": 300, "url": 300}
+    text_ = "".join(f"{key}: {flat(value, lengths.get(key, 150))}\n" for key, value in values.items() if value)
+    sections = {
+        "stacktrace (oldest call first)": trace_lines(found["stacktrace"]),
+        "exceptions (inner cause first)": [
+            flat(f"{item['type'] or '?'}: {item['value'] or ''}", 500) for item in found["exceptions"]
+        ],
+        "tags": [flat(f"{key} = {value}", 200) for key, value in found["tags"].items()],
+        "request": [flat(" ".join(filter(None, (found["request"] or {}).values())), 500)] if found["request"] else [],
+        "breadcrumbs (newest last)": [crumb_line(crumb) for crumb in found["breadcrumbs"][-10:]],
+    }
+    # What is cut goes from the top where the end matters most, and else from the end.
+    room = TEXT_LENGTH - len(text_) - 400 - len(url)
+    for name, lines in sections.items():
+        lines = list(filter(None, lines))
+        newest_last = "first" in name or "last" in name
+        kept, budget = [], min(room - len(name) - 3, 3800)
+        for line in reversed(lines) if newest_last else lines:
+            if len(line) + 3 > budget:
+                break
+            kept.append(line)
+            budget -= len(line) + 3
+        if len(kept) < len(lines):
+            left_out.append(f"{len(lines) - len(kept)} lines of {name.split(' (')[0]}")
+        if kept:
+            part = f"\n{name}:\n" + "".join(f"  {line}\n" for line in (reversed(kept) if newest_last else kept))
+            text_, room = text_ + part, room - len(part)
+    omitted = f"left out: {', '.join(left_out)}; " if left_out else ""
+    return text_ + f"\n{omitted}source context, mechanism and payload: {url}?format=json and {url}/payload\n"
+
+
+def crumb_line(crumb):
+    data = json.dumps(crumb["data"], ensure_ascii=False) if crumb["data"] else ""
+    return flat(
+        " ".join(filter(None, (*(crumb[key] for key in ("timestamp", "category", "level", "message")), data))), 250
+    )
+
+
+def errors_text(rows, more):
+    """Return a list as text, an error a line, at most TEXT_LENGTH characters; `more` is the URL of the rest or None."""
+    lines, room = [], TEXT_LENGTH - 300 - len(more or "")
+    for row in rows:
+        words = (
+            row["received_at"],
+            row["level"],
+            row["project_slug"],
+            row["title"],
+            row["culprit"] and f"in {row['culprit']}",
+        )
+        line = f"#{row['id']} {flat(' '.join(filter(None, words)), 300)}\n"
+        room -= len(line)
+        if room < 0:
+            lines.append(f"left out: {len(rows) - len(lines)} more of this page; ask for fewer with limit=\n")
+            break
+        lines.append(line)
+    return "".join(lines) + (f"next: {more}\n" if more else "") or "no errors\n"
+
+
+def visible(value, length=2000):
+    """Return text as HTML: escaped, cut, and with a sign for each character that would hide or reorder others."""
+    sign_for = lambda found: f'<b class="unseen">U+{ord(found[0]):04X}</b>'  # noqa: E731
+    return Markup(UNSEEN.sub(sign_for, str(escape(cut(str(value), length)))))
+
+
+def ago(value):
+    """Return how long ago an ISO 8601 time was."""
+    seconds = (datetime.now(UTC) - datetime.fromisoformat(value)).total_seconds()
+    for unit, size in (("d", 86400), ("h", 3600), ("min", 60)):
+        if abs(seconds) >= size:
+            return f"{abs(seconds) // size:.0f} {unit} " + ("ago" if seconds > 0 else "ahead")
+    return "just now"
+
+
+def web_link(value):
+    """Return a URL only if it is one that a browser may be sent to."""
+    return value if re.match(r"https?://[^\s]+$", value or "", re.IGNORECASE) else None
+
+
+def source_lines(frame):
+    """Return a frame's source lines as (number or None, text, whether it crashed there)."""
+    before, line, after = (frame[key] for key in ("pre_context", "context_line", "post_context"))
+    if line is None:
+        return []
+    lines = [*(before or []), line, *(after or [])]
+    start = None if frame["lineno"] is None else frame["lineno"] - len(before or [])
+    return [(None if start is None else start + i, text_, i == len(before or [])) for i, text_ in enumerate(lines)]
+
+
+def chart(times, bars=40):
+    """Return a bar chart of ISO 8601 times, newest first, as bars of (share of the highest, count, start)."""
+    if not times:
+        return None
+    stamps = [datetime.fromisoformat(time_).timestamp() for time_ in times]
+    start, width = min(stamps), max((max(stamps) - min(stamps)) / bars, 1)
+    counts = [0] * bars
+    for stamp in stamps:
+        counts[min(int((stamp - start) / width), bars - 1)] += 1
+    starts = [datetime.fromtimestamp(start + i * width, UTC).strftime("%Y-%m-%d %H:%M:%S") for i in range(bars)]
+    return {
+        "bars": [(count / max(counts), count, at) for count, at in zip(counts, starts, strict=True)],
+        "most": max(counts),
+    }
+
+
+PAGE_FILTERS = {
+    "visible": visible,
+    "ago": ago,
+    "web_link": web_link,
+    "source_lines": source_lines,
+    "fold": fold,
+    "place": place,
+}
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Web: thin routes, which read the request, call down and reply
+# ----------------------------------------------------------------------------------------------------------------------
+
+web = Blueprint("web", __name__, cli_group=None)
+FORMS = {"json": "application/json", "html": "text/html", "text": "text/plain", "ndjson": "application/x-ndjson"}
+STATUSES = {"stored": 201, "duplicate": 200, "ignored": 200, "queued": 202}
+HIDDEN = re.compile(r"[^\w.:-]", re.ASCII)  # in a log line, whatever could end it or pass for another
+
+
+class Collector:
+    """Hold what the routes of one app share."""
+
+    def __init__(self, settings):
+        self.settings, path = settings, settings["DATABASE_URL"]
+        self.database = Database(path)
+        self.spool = Spool(path.parent / "spool")
+        self.tally = Tally()
+        self.report = lambda error: None
+        self.keep_alive = lambda: (
+            None
+        )  # gunicorn.conf.py sets it: a long export tells its worker's master that it lives
+        self.pruned_at = 0
+
+    def count(self, outcome, reason):
+        """Count a delivery that needs no transaction, and write the counts where that is cheap."""
+        self.tally.add(outcome, reason)
+        if self.tally.may_write():
+            with suppress(sqlite3.Error, OSError):
+                with self.database.turn(wait=0.1) as connection:
+                    self.tally.write(connection)
+                self.tally.pending.clear()
+
+    def read_row(self, body, resource, received_at):
+        """Return the row of a delivery that is known to hold an error."""
+        return parse_error(parse_body(body), resource, received_at)
+
+    def store(self, body, payload, resource, received_at):
+        """Commit a delivery's error, or spool the delivery; return the outcome and the error's id or None.
+
+        Raises OSError if neither the database nor the spool can be written.
+        """
+        try:
+            row = parse_error(payload, resource, received_at)
+            with self.database.turn() as connection:
+                id_, is_new = insert_error(connection, row, body)
+                outcome = "stored" if is_new else "duplicate"
+                self.tally.write(connection, outcome)
+            self.tally.pending.clear()
+        except Exception as error:  # whatever it is, a fault of ours too: Sentry will not send this again
+            reason = "database locked" if is_busy(error) else "database not writable"
+            log.error("cannot store, spooling: %s: %s", type(error).__name__, error)
+            self.report(error)
+            self.spool.put(received_at, resource, body)
+            self.tally.add("queued", reason)
+            return "queued", None
+        return outcome, id_
+
+    def keep_house(self):
+        """Do what must not hold a reply up: move what was spooled, delete what is too old, a little at a time."""
+        with suppress(sqlite3.Error, OSError):
+            self.spool.drain(self.database, self.read_row)
+            if self.settings["RETENTION_DAYS"] and time.monotonic() - self.pruned_at > 1:
+                if not delete_old_errors(self.database, self.settings["RETENTION_DAYS"]):
+                    self.pruned_at = time.monotonic()
+
+
+def collector():
+    """Return the Collector of the app that serves this request."""
+    return current_app.extensions["collector"]
+
+
+def read_body(limit):
+    """Return the request's body (bytes); raise Refused if it has no length, is too long or is cut short."""
+    length = request.content_length
+    if "Transfer-Encoding" in request.headers or length is None:
+        raise Refused(411, "no length", "The delivery has no Content-Length; send it whole, not chunked.")
+    if length > limit:
+        words = f"The delivery has {length} bytes, the limit is {limit}; raise MAX_BODY_BYTES to take it."
+        raise Refused(413, "too large", words)
+    try:
+        return request.get_data(cache=False)
+    except ClientDisconnected:
+        words = f"The delivery broke off before its {length} bytes had arrived; send it again, faster."
+        raise Refused(400, "cut short", words) from None
+
+
+def sign(body, secret):
+    """Return the signature that Sentry sends for a body (bytes) and a client secret."""
+    return hmac.new(secret.encode("utf-8", "surrogateescape"), body, hashlib.sha256).hexdigest().encode()
+
+
+def check_signature(body, signature, secrets):
+    """Raise Refused unless one of `secrets` signs the body; without any there is no check."""
+    given = (signature or "").encode("utf-8", "replace")
+    if secrets and not any([hmac.compare_digest(sign(body, secret), given) for secret in secrets]):
+        reason, words = explain_signature(body, given, secrets)
+        raise Refused(401, reason, words)
+
+
+def explain_signature(body, given, secrets):
+    """Return why a signature is probably wrong, as the reason to count and as words for its sender."""
+    if not given:
+        return "signature missing", (
+            "The Sentry-Hook-Signature header is missing. Send through an internal integration, which signs; the legacy "
+            "WebHooks plugin cannot, it works only with SENTRY_CLIENT_SECRET unset."
+        )
+    if len(given) != 64:
+        return "signature length", (
+            f"The Sentry-Hook-Signature is wrong: it has {len(given)} characters, HMAC-SHA256 in hex has 64. "
+            "Something other than Sentry signed, or a proxy changed the header."
+        )
+    if any(hmac.compare_digest(sign(body, secret.strip()), given) for secret in secrets):
+        return "white space in secret", (
+            "The Sentry-Hook-Signature is wrong, but matches once white space around SENTRY_CLIENT_SECRET is removed; "
+            "remove it."
+        )
+    with suppress(ValueError, RecursionError):
+        sent = json.dumps(json.loads(body), separators=(",", ":")).encode()  # as Sentry writes it
+        if any(hmac.compare_digest(sign(sent, secret), given) for secret in secrets):
+            return "body rewritten", (
+                "The Sentry-Hook-Signature is wrong for these bytes, but right for the same JSON as Sentry writes it: "
+                "a proxy rewrote the body on its way. Make it pass the body on unchanged."
+            )
+    return "signature wrong", (
+        "The Sentry-Hook-Signature is wrong. Copy the Client Secret of the Sentry integration (not a token, not the DSN) "
+        "into SENTRY_CLIENT_SECRET and restart."
+    )
+
+
+def reason_to_ignore(payload, accepted):
+    """Return why a delivery is not stored, as the reason to count and as words, or None if it is."""
+    action = text(payload.get("action"))
+    if find_error(payload) is None:
+        return "no error", f"a delivery with action {ascii(cut(action, 40))} that holds no new error"
+    if action is None or action in accepted:
+        return None
+    wider = ",".join((*accepted, "triggered"))
+    mend = f"; set SENTRY_ACTIONS={wider} to take issue alerts" if action == "triggered" else ""
+    return "action not accepted", f"action {ascii(cut(action, 40))} is not in SENTRY_ACTIONS{mend}"
+
+
+def take_delivery(received_at):
+    """Return what became of the request's delivery as a reply, and the reason it is counted under; raise Refused."""
+    shared, settings = collector(), collector().settings
+    body = read_body(settings["MAX_BODY_BYTES"])
+    check_signature(body, request.headers.get("Sentry-Hook-Signature"), settings["SENTRY_CLIENT_SECRET"])
+    payload = parse_body(body)
+    ignored = reason_to_ignore(payload, settings["SENTRY_ACTIONS"])
+    if ignored:
+        shared.count("ignored", ignored[0])
+        return {"status": "ignored", "reason": ignored[1]}
+    try:
+        outcome, id_ = shared.store(body, payload, request.headers.get("Sentry-Hook-Resource"), received_at)
+    except OSError as error:
+        log.critical("LOST a delivery: neither the database nor the spool can be written: %s", error)
+        raise Refused(
+            503, "disk", "Neither the database nor the spool can be written; see the collector's log."
+        ) from error
+    return {"status": outcome} | ({"id": id_, "url": f"/errors/{id_}"} if id_ else {})
+
+
+@web.post("/sentry/webhook")
+@web.post("/sentry/webhook/")  # Sentry follows no redirect and takes it for success
+def receive_webhook():
+    """Take a delivery of Sentry's."""
+    received_at, started = now(), time.monotonic()
+    try:
+        reply = take_delivery(received_at)
+    except Refused as refused:
+        collector().count("refused", refused.reason)
+        log_delivery(f"refused {refused.status} {refused.reason}", started)
+        raise
+    log_delivery(" ".join(str(value) for key, value in reply.items() if key != "url"), started)
+    response = Response(json.dumps(reply) + "\n", STATUSES[reply["status"]], mimetype=FORMS["json"])
+    if reply["status"] == "stored":
+        response.location = reply["url"]
+    response.call_on_close(collector().keep_house)
+    return response
+
+
+def log_delivery(outcome, started):
+    resource, request_id = (request.headers.get(key, "-") for key in ("Sentry-Hook-Resource", "Request-ID"))
+    ids = " ".join(HIDDEN.sub("?", value)[:40] for value in (resource, request_id))
+    log.info("webhook %s resource,request %s %.0f ms", outcome, ids, (time.monotonic() - started) * 1000)
+
+
+OPEN_TO_ALL = ("web.receive_webhook", "web.show_health")
+
+
+@web.before_request
+def guard_reading():
+    """Let only those read who know API_TOKEN, if it is set."""
+    if request.endpoint in OPEN_TO_ALL:
+        return
+    token, given = collector().settings["API_TOKEN"], request.authorization
+    words = (given.token if given.type == "bearer" else given.password) or "" if given else ""
+    if token and not hmac.compare_digest(words.encode("utf-8", "replace"), token.encode("utf-8", "surrogateescape")):
+        abort(401, "Reading needs API_TOKEN; send 'Authorization: Bearer <token>', or the token as Basic password.")
+
+
+def choose_form(*forms):
+    """Return the form to reply in: what ?format= says, else what the Accept header prefers, else the first."""
+    asked = request.args.get("format")
+    if asked and asked not in forms:
+        abort(400, f"format={ascii(asked[:40])} is unknown here; use one of {', '.join(forms)}.")
+    if asked:
+        return asked
+    types = {FORMS[form]: form for form in forms}
+    return types[request.accept_mimetypes.best_match(types, FORMS[forms[0]])]
+
+
+def read_query(*names):
+    """Return the query string as a dict without empty values; abort with 400 on a name not in `names` or a repeat."""
+    for name, values in request.args.lists():
+        if name not in names:
+            abort(400, f"The parameter {ascii(name[:40])} is unknown here; known are {', '.join(names)}.")
+        if len(values) > 1:
+            abort(400, f"The parameter {name} is given {len(values)} times; give it once.")
+    return {name: clean(value.strip()) for name, value in request.args.items() if value.strip()}
+
+
+def read_number(query, name, least, most):
+    """Return a whole number of the query, None if it isn't there; abort with 400 if it is none or out of bounds."""
+    value = query.get(name)
+    if value is None:
+        return None
+    if not re.fullmatch(r"[0-9]{1,19}", value) or not least <= int(value) <= most:
+        abort(400, f"{name}={ascii(value[:40])} is no whole number from {least} to {most}.")
+    return int(value)
+
+
+def read_time(query, name):
+    """Return a time of the query, ISO 8601 or as long ago as 15m, 24h or 7d; abort with 400 if it is neither."""
+    value = query.get(name, "")
+    ago = re.fullmatch(r"([0-9]{1,6})([mhd])", value)
+    # A plus sign that was not encoded arrives as a space.
+    found = moment(value.replace(" ", "+") if "T" in value else value)
+    if ago:
+        unit = {"m": "minutes", "h": "hours", "d": "days"}[ago[2]]
+        with suppress(OverflowError):
+            found = (datetime.now(UTC) - timedelta(**{unit: int(ago[1])})).isoformat()
+    if value and not found:
+        abort(400, f"{name}={ascii(value[:40])} is no time; use ISO 8601, as 2026-01-31T12:00:00Z, or 15m, 24h, 7d.")
+    # With microseconds always, so that texts compare as times do.
+    return datetime.fromisoformat(found).isoformat(timespec="microseconds").replace("+00:00", "Z") if found else None
+
+
+FILTERS = (*FACETS, "since", "until", "q")
+
+
+def read_filters(query):
+    """Return the filters of a query as Storage takes them."""
+    filters = {name: query[name] for name in (*FACETS, "q") if name in query}
+    filters |= {name: read_time(query, name) for name in ("since", "until")}
+    filters |= {name: read_number(query, name, 0, 2**63 - 1) for name in ("before", "after")}
+    return {name: value for name, value in filters.items() if value is not None}
+
+
+def answer(form, state, render, links=""):
+    """Reply in a form with what `render` returns, or with 304 if the client has it: `state` tells one from another."""
+    etag = hashlib.sha256(json.dumps([STAMP, form, request.full_path, *state]).encode()).hexdigest()[:32]
+    if request.if_none_match.contains_weak(etag):
+        response = Response(status=304)
+    else:
+        response = Response(render(), mimetype=FORMS[form])
+    response.set_etag(etag)
+    if links:
+        response.headers["Link"] = links
+    return response
+
+
+def minute():
+    """Return what makes a page differ that says how long ago things were."""
+    return int(time.time() // 60)
+
+
+def as_json(value):
+    return json.dumps(value) + "\n"
+
+
+@web.get("/errors/latest")
+def show_latest():
+    """Show the newest error in full."""
+    form, query = choose_form("json", "html", "text"), read_query(*FILTERS, "format", "refresh")
+    connection, filters = collector().database.connection(), read_filters(query)
+    rows = select_errors(connection, narrow(connection, filters), 1)
+    if not rows and not filters:
+        abort(404, "No error has come in yet; / says how to connect Sentry.")
+    return show(connection, rows[0] if rows else abort(404, "No error matches; /errors lists those there are."), form)
+
+
+@web.get("/errors/<int:id_>")
+def show_error(id_):
+    """Show one error in full."""
+    form, _ = choose_form("json", "html", "text"), read_query("format")
+    connection = collector().database.connection()
+    return show(connection, find_row(connection, id_), form)
+
+
+def find_row(connection, id_):
+    """Return an error's row; abort with 404 if there is none."""
+    row = select_error(connection, id_) if id_ < 2**63 else None
+    return row or abort(404, f"There is no error {str(id_)[:20]}; /errors lists those there are.")
+
+
+def show(connection, row, form):
+    """Reply with one error in full."""
+    id_, url = row["id"], url_for("web.show_error", id_=row["id"], _external=True)
+    renders = {
+        "json": lambda: as_json(detail(row, select_body(connection, id_))),
+        "text": lambda: error_text(row, select_body(connection, id_), url),
+        "html": lambda: render_template("detail.html", **error_page(connection, row)),
+    }
+    moving = [newest_id(connection), minute()] if form == "html" else []
+    return answer(form, [id_, row["received_at"], *moving], renders[form])
+
+
+def error_page(connection, row):
+    """Return what the page of an error shows."""
+    found = parse_detail(json.loads(select_body(connection, row["id"])))
+    newer, older = select_neighbours(connection, row["id"])
+    siblings = select_errors(connection, {"issue": row["issue_id"]}, 11) if row["issue_id"] else []
+    chain = found["exceptions"][::-1]
+    if not any(exception["frames"] for exception in chain) and found["stacktrace"]:
+        chain = [{**(chain[0] if chain else {}), "frames": found["stacktrace"]}, *chain[1:]]
+    return {
+        "error": summary(row), **found, "request_": found["request"], "chain": chain, "newer": newer, "older": older,
+        "siblings": [summary(other) for other in siblings if other["id"] != row["id"]],
+        "refresh": read_number(request.args, "refresh", 5, 3600),
+    }  # fmt: skip
+
+
+@web.get("/errors/<int:id_>/payload")
+def show_payload(id_):
+    """Show a delivery as it was received, byte for byte."""
+    read_query()
+    connection = collector().database.connection()
+    row = find_row(connection, id_)
+    return answer("json", [id_, row["received_at"]], lambda: select_body(connection, id_))
+
+
+@web.get("/errors")
+def list_errors():
+    """List errors: a page of summaries or, as NDJSON, all of them in full."""
+    form = choose_form("json", "html", "text", "ndjson")
+    query = read_query(*FILTERS, "limit", "before", "after", "format", "refresh")
+    connection, filters = collector().database.connection(), read_filters(query)
+    filters, limit, oldest_first = narrow(connection, filters), read_number(query, "limit", 1, 1000), "after" in filters
+    if form == "ndjson":
+        state = [now()] if "since" in filters or "until" in filters else [oldest_id(connection), newest_id(connection)]
+        return answer(form, state, lambda: export(filters, limit))
+    limit = limit or (50 if form == "html" else 100)
+    rows = select_errors(connection, filters, limit + 1, oldest_first)
+    rows, more = rows[:limit], len(rows) > limit
+    next_page = page_url(query, **{"after" if oldest_first else "before": rows[-1]["id"]}) if more else None
+    renders = {
+        "json": lambda: as_json([summary(row) for row in rows]),
+        "text": lambda: errors_text(rows, next_page),
+        "html": lambda: render_template("list.html", **list_page(connection, query, filters, rows, more)),
+    }
+    state = [[row["id"] for row in rows], rows[0]["received_at"] if rows else None, more]
+    state += [newest_id(connection), minute()] if form == "html" else []
+    return answer(form, state, renders[form], f'<{next_page}>; rel="next"' if more else "")
+
+
+def page_url(query, **changes):
+    """Return the URL of /errors for a query with changes, None taking a parameter out."""
+    return url_for("web.list_errors", _external=True, **(query | changes))
+
+
+def list_page(connection, query, filters, rows, more):
+    """Return what the page of a list shows; its chart and counts are of the newest 10,000 errors that match."""
+    oldest_first = "after" in filters
+    rows = rows[::-1] if oldest_first else rows
+    wide = {name: value for name, value in filters.items() if name not in ("before", "after")}
+    seen = select_errors(connection, wide, 10_000, columns=("received_at", "project_slug", "level"))
+    turn = {"before": None, "after": None}
+    newer = (
+        page_url(query, **turn | {"after": rows[0]["id"]})
+        if rows and (more if oldest_first else "before" in filters)
+        else None
+    )
+    older = page_url(query, **turn | {"before": rows[-1]["id"]}) if rows and (more or oldest_first) else None
+    facets = {
+        name: [(value, count, page_url(query, **turn | {name: value})) for value, count in counts.most_common(8)]
+        for name, column in (("project", "project_slug"), ("level", "level"))
+        for counts in [Counter(row[column] for row in seen if row[column])]
+    }
+    return {
+        "errors": [summary(row) for row in rows], "query": query, "newer": newer, "older": older, "facets": facets,
+        "chart": chart([row["received_at"] for row in seen]), "seen": len(seen), "filtered": bool(filters),
+        "refresh": query.get("refresh"), "page_url": page_url,
+    }  # fmt: skip
+
+
+def export(filters, limit):
+    """Yield errors in full, a line each, in reads so short that they stand in nobody's way."""
+    shared, oldest_first = collector(), "after" in filters
+    left = limit or 2**63 - 1
+    while left:
+        connection = shared.database.connection()
+        rows = select_errors(connection, filters, min(left, 100), oldest_first)
+        for row in rows:
+            body = select_body(connection, row["id"])
+            if body is not None:  # not deleted meanwhile
+                yield as_json(detail(row, body))
+        if len(rows) < min(left, 100):
+            return
+        left -= len(rows)
+        filters = filters | {"after" if oldest_first else "before": rows[-1]["id"]}
+        shared.keep_alive()
+
+
+def describe_state():
+    """Return what the database and the spool hold; a database that cannot be read is described as that."""
+    shared = collector()
+    state = {"counts": {"errors": None, "spooled": len(shared.spool.waiting())}, "newest": None, "deliveries": []}
+    state |= {"last_delivery_at": None, "problem": None}
+    try:
+        connection = shared.database.connection()
+        state["counts"]["errors"] = count_errors(connection)
+        newest = select_errors(connection, {}, 1)
+        state["newest"] = summary(newest[0]) if newest else None
+        state["deliveries"] = select_deliveries(connection)
+        state["last_delivery_at"] = max((row["last_at"] for row in state["deliveries"]), default=None)
+    except (sqlite3.Error, OSError) as error:
+        shared.database.close()
+        state["problem"] = f"The database cannot be read: {error}."
+    return state
+
+
+ENDPOINTS = {
+    "POST /sentry/webhook": "where Sentry delivers",
+    "GET /errors/latest": "the newest error, in full; filters as /errors",
+    "GET /errors/<id>": "one error, in full",
+    "GET /errors/<id>/payload": "the delivery as it was received, byte for byte",
+    "GET /errors": f"summaries, newest first; {', '.join(FILTERS)}, limit, before, after; format=json|html|text|ndjson",
+    "GET /": "this overview",
+    "GET /config": "the configuration, without secrets",
+    "GET /health": "200 if a row can be committed, else 503",
+}
+
+
+@web.get("/")
+def show_overview():
+    """Show what this service is and what it holds."""
+    form, state = choose_form("json", "html"), describe_state()
+    about = {
+        "name": "Sentry Error Collector",
+        "version": VERSION,
+        "description": "Receives Sentry's webhooks, keeps every new error, and gives the latest one back.",
+        "endpoints": ENDPOINTS,
+        **state,
+        "connect": {
+            "webhook_url": url_for("web.receive_webhook", _external=True),
+            "steps": "In Sentry: Settings, Developer Settings, Create New Integration, Internal Integration; this URL as "
+            "Webhook URL; Issue & Event: Read; tick error (Business plan) or issue; for stack traces on every plan "
+            "tick Alert Rule Action, add the integration to an alert rule and set SENTRY_ACTIONS=created,triggered.",
+        },
+    }
+    if form == "html":
+        page = about | {"config": describe_config()}
+        return answer(form, [state, minute()], lambda: render_template("overview.html", **page))
+    return answer(form, [about], lambda: as_json(about))
+
+
+def describe_config():
+    """Return the settings without secrets, and what was found out about the machine."""
+    shared = collector()
+    settings = shared.settings
+    secrets = {
+        f"{name.lower()}_set": bool(settings[name]) for name in ("SENTRY_DSN", "SENTRY_CLIENT_SECRET", "API_TOKEN")
+    }
+    return {
+        **secrets,
+        "sentry_actions": settings["SENTRY_ACTIONS"],
+        "retention_days": settings["RETENTION_DAYS"],
+        "max_body_bytes": settings["MAX_BODY_BYTES"],
+        "web_concurrency": settings["WEB_CONCURRENCY"],
+        "port": settings["PORT"],
+        "database_path": str(shared.database.path),
+        "journal_mode": shared.database.journal_mode,
+        "sqlite_version": sqlite3.sqlite_version,
+        "version": VERSION,
+    }
+
+
+@web.get("/config")
+def show_config():
+    """Show the configuration, no secret in it, and how deliveries fare."""
+    state = describe_state()
+    fare = {name: state[name] for name in ("last_delivery_at", "deliveries", "problem")}
+    config = describe_config() | {"spooled": state["counts"]["spooled"], **fare}
+    return answer("json", [config], lambda: as_json(config))
+
+
+@web.get("/health")
+def show_health():
+    """Say whether an error that arrives now would be stored."""
+    try:
+        check_writable(collector().database)
+    except (sqlite3.Error, OSError) as error:
+        waiting = len(collector().spool.waiting())
+        abort(
+            503,
+            f"The database cannot be written ({error}); {waiting} deliveries wait in the spool. Free its disk or lock.",
+        )
+    response = Response(as_json({"status": "ok"}), mimetype=FORMS["json"])
+    response.call_on_close(collector().keep_house)
+    return response
+
+
+def reply_with_error(status, words, headers=()):
+    """Reply with the one error shape, or with a page of the same words to browsers."""
+    types = [FORMS["json"], FORMS["html"]]
+    if request.accept_mimetypes.best_match(types, types[0]) == FORMS["html"] and request.args.get("format") != "json":
+        return Response(
+            render_template("error.html", status=status, words=words), status, headers, mimetype=FORMS["html"]
+        )
+    # At most 1,024 bytes: so much of a refusal Sentry keeps for the integration's owner to read.
+    return Response(
+        as_json({"error": ascii(cut(words, 900))[1:-1] if not words.isascii() else cut(words, 900)}), status, headers
+    )
+
+
+WORDS = {  # where Werkzeug's own do not say what to do
+    404: "There is no such page; / lists those there are.",
+    405: "This page does not take {method}; see the Allow header.",
+}
+
+
+def handle_http_error(error):
+    """Reply to what a route aborted with, or Flask itself."""
+    if error.response is not None or error.code is None or error.code < 400:
+        return error
+    words = error.description if not hasattr(error, "valid_methods") else WORDS[405].format(method=request.method)
+    if error.code == 404 and words == type(error).description:
+        words = WORDS[404]
+    headers = [item for item in error.get_headers() if item[0] == "Allow"]
+    headers += (
+        [("WWW-Authenticate", 'Basic realm="Sentry Error Collector", charset="UTF-8"')] if error.code == 401 else []
+    )
+    headers += [("Retry-After", "5")] if error.code == 503 else []
+    return reply_with_error(error.code, words, headers)
+
+
+def handle_refusal(refused):
+    """Reply to a delivery that is not taken."""
+    return reply_with_error(refused.status, refused.words, [("Retry-After", "5")] if refused.status == 503 else [])
+
+
+def handle_database_error(error):
+    """Reply to a read that the database, its disk or the memory failed."""
+    log.error("cannot read: %s: %s", type(error).__name__, error)
+    collector().database.close()
+    collector().report(error)
+    return reply_with_error(503, f"The database cannot be read ({error}); try again.", [("Retry-After", "5")])
+
+
+def handle_fault(error):
+    """Reply to a fault of our own."""
+    log.exception("fault in %s %s", request.method, HIDDEN.sub("?", request.path)[:100], exc_info=error)
+    collector().report(error)
+    return reply_with_error(500, "A fault of the collector's own; its log says more.")
+
+
+SECURITY_HEADERS = {
+    "X-Content-Type-Options": "nosniff",
+    "Referrer-Policy": "no-referrer",
+    "Cache-Control": "private, no-cache",
+    "Vary": "Accept, Authorization",
+}
+
+
+def add_headers(response):
+    """Add what keeps a hostile text harmless in a browser, and replies out of shared caches."""
+    response.headers.update(SECURITY_HEADERS)
+    response.headers["Content-Security-Policy"] = current_app.config["CONTENT_SECURITY_POLICY"]
+    return response
+
+
+@web.cli.command("backup")
+@click.argument("file", type=click.Path(dir_okay=False, path_type=Path))
+def backup_command(file):
+    """Copy the database to a new FILE while the service runs."""
+    if file.exists():
+        raise click.ClickException(f"{file} exists; name a new file.")
+
+    def report(left, pages):
+        click.echo(f"\r{100 * (pages - left) // max(pages, 1):3} % of {pages} pages", nl=False, err=True)
+
+    try:
+        backup(collector().database.path, file, report)
+    except (sqlite3.Error, OSError) as error:
+        raise click.ClickException(f"cannot copy to {file}: {error}") from None
+    with closing(sqlite3.connect(file)) as copy:
+        click.echo(f"\n{file}: {count_errors(copy)} errors, {file.stat().st_size} bytes", err=True)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Wiring: the settings, and the app made of them
+# ----------------------------------------------------------------------------------------------------------------------
+
+DEFAULTS = {
+    "DATABASE_URL": "sqlite:///./data/errors.db",
+    "SENTRY_DSN": "",
+    "SENTRY_CLIENT_SECRET": "",
+    "SENTRY_ACTIONS": "created",
+    "API_TOKEN": "",
+    "RETENTION_DAYS": "",
+    "MAX_BODY_BYTES": str(5 * 1024 * 1024),
+    "WEB_CONCURRENCY": "2",
+    "PORT": "8000",
+}
+STAMP = [VERSION, Path(__file__).stat().st_mtime_ns]
+
+
+def fail(name, fault, example):
+    """End the start with one line about a setting."""
+    raise SystemExit(f"{name}: {fault}; for example {name}={example}")
+
+
+def whole_number(settings, name, least, most):
+    value = settings[name].strip()
+    if not re.fullmatch(r"[0-9]{1,12}", value) or not least <= int(value) <= most:
+        fail(name, f"{ascii(value[:40])} is no whole number from {least} to {most}", DEFAULTS[name] or 30)
+    return int(value)
+
+
+def database_path(url):
+    """Return the path in a DATABASE_URL."""
+    found = re.fullmatch(r"sqlite(?:\+aiosqlite)?:///([^?#]+)", url.strip())
+    if not found or found[1] == ":memory:":
+        scheme = ascii(url.split(":")[0][:40])  # the rest of a foreign URL may hold a password
+        fail("DATABASE_URL", f"it must name a file as sqlite:///PATH, its scheme is {scheme}", DEFAULTS["DATABASE_URL"])
+    return Path(found[1]).absolute()
+
+
+def read_settings(config=None):
+    """Return the settings, checked, of `config`, the environment, .env and the defaults, the first that has one.
+
+    An empty value is an unset one. Raises SystemExit with one line about the first that is bad.
+    """
+    settings = dict(DEFAULTS)
+    for source in (dotenv_values(".env"), os.environ, config or {}):
+        settings |= {name: str(source[name]) for name in DEFAULTS if str(source.get(name) or "").strip()}
+    actions = tuple(dict.fromkeys(filter(None, re.split(r"\s*,\s*", settings["SENTRY_ACTIONS"].strip()))))
+    if not all(re.fullmatch(r"[a-z_]+", action) for action in actions) or not actions:
+        fail("SENTRY_ACTIONS", "it must be actions of Sentry's, separated by commas", "created,triggered")
+    return {
+        "DATABASE_URL": database_path(settings["DATABASE_URL"]),
+        "SENTRY_DSN": settings["SENTRY_DSN"].strip(),
+        # Not stripped at its ends: what the operator typed is the secret, and a refusal says what may be wrong with it.
+        "SENTRY_CLIENT_SECRET": tuple(filter(None, re.split(r"\s*,\s*", settings["SENTRY_CLIENT_SECRET"]))),
+        "SENTRY_ACTIONS": actions,
+        "API_TOKEN": settings["API_TOKEN"].strip(),
+        "RETENTION_DAYS": whole_number(settings, "RETENTION_DAYS", 1, 36500) if settings["RETENTION_DAYS"] else None,
+        "MAX_BODY_BYTES": whole_number(settings, "MAX_BODY_BYTES", 1, 512 * 1024 * 1024),
+        "WEB_CONCURRENCY": whole_number(settings, "WEB_CONCURRENCY", 1, 256),
+        "PORT": whole_number(settings, "PORT", 1, 65535),
+    }
+
+
+def check_folder(path):
+    """Make the folders of the database and the spool; end the start with one line if they cannot be written."""
+    try:
+        (path.parent / "spool").mkdir(parents=True, exist_ok=True)
+        for probe in (path.parent / f".probe-{os.getpid()}", path.parent / "spool" / f".probe-{os.getpid()}"):
+            probe.touch()
+            probe.unlink()
+        if path.is_dir():
+            raise IsADirectoryError(f"{path} is a folder")
+    except OSError as error:
+        owner = path.parent.stat() if path.parent.exists() else None
+        whose = f" (owned by uid {owner.st_uid}, this is uid {os.getuid()})" if owner else ""
+        mend = "make the folder writable, as with chown, or name another"
+        fail(
+            "DATABASE_URL",
+            f"cannot write in {path.parent}{whose}: {error.strerror or error}; {mend}",
+            DEFAULTS["DATABASE_URL"],
+        )
+
+
+def start_reports(dsn):
+    """Return a function that reports an exception to Sentry, once a minute at most."""
+    import sentry_sdk  # here, because it costs every worker 10 MB and most run without
+
+    last = [-math.inf]
+
+    def scrub(event, hint):
+        # Neither a webhook's content nor a secret may leave: of an exception only what SQLite or the system say of it.
+        for value in event.get("exception", {}).get("values", ()):
+            if not isinstance(hint["exc_info"][1], sqlite3.Error | OSError):
+                value["value"] = ""
+        return {
+            key: event[key]
+            for key in ("event_id", "timestamp", "platform", "level", "exception", "release")
+            if key in event
+        }
+
+    try:
+        sentry_sdk.init(
+            dsn, release=VERSION, default_integrations=False, auto_enabling_integrations=False, before_send=scrub,
+            include_local_variables=False, include_source_context=False, max_breadcrumbs=0, send_client_reports=False,
+        )  # fmt: skip
+    except sentry_sdk.utils.BadDsn:
+        fail("SENTRY_DSN", "it is no DSN of Sentry's", "https://key@o0.ingest.sentry.io/0")
+
+    def report(error):
+        # A report may come back as a webhook, which may fail again.
+        if time.monotonic() - last[0] > 60:
+            last[0] = time.monotonic()
+            sentry_sdk.capture_exception(error)
+
+    return report
+
+
+def start_log():
+    """Write the log to standard error, as gunicorn does and in its form."""
+    if not log.handlers:
+        handler = logging.StreamHandler()
+        handler.setFormatter(
+            logging.Formatter("[%(asctime)s] [%(process)d] [%(levelname)s] %(message)s", "%Y-%m-%d %H:%M:%S %z")
+        )
+        log.addHandler(handler)
+        log.setLevel(logging.INFO)
+        log.propagate = False
+
+
+def describe_start(shared):
+    """Return what is on and what is off, in one line."""
+    settings, mode = shared.settings, shared.database.journal_mode
+    words = [
+        f"collector {VERSION}",
+        "signature check " + ("on" if settings["SENTRY_CLIENT_SECRET"] else "OFF: anybody can post"),
+    ]
+    words += ["read token " + ("on" if settings["API_TOKEN"] else "OFF: anybody can read")]
+    words += [
+        "Sentry reports " + ("on" if settings["SENTRY_DSN"] else "off"),
+        "actions " + ",".join(settings["SENTRY_ACTIONS"]),
+    ]
+    words += [
+        f"journal mode {mode}",
+        f"retention {settings['RETENTION_DAYS'] or 'all'} days".replace("all days", "off"),
+    ]
+    spaced = any(secret != secret.strip() for secret in settings["SENTRY_CLIENT_SECRET"])
+    words += ["SENTRY_CLIENT_SECRET has white space around it" if spaced else f"database {shared.database.path}"]
+    return "; ".join(words)
+
+
+def create_app(config=None):
+    """Return the app, its settings from `config` or else the environment (see read_settings), its database made."""
+    start_log()
+    settings = read_settings(config)
+    check_folder(settings["DATABASE_URL"])
+    app = Flask(__name__, static_folder=None)
+    app.url_map.merge_slashes = False  # it would redirect, which Sentry takes for success
+    shared = app.extensions["collector"] = Collector(settings)
+    if settings["SENTRY_DSN"]:
+        shared.report = start_reports(settings["SENTRY_DSN"])
+    style = (Path(app.root_path) / app.template_folder / "style.css").read_text(encoding="utf-8")
+    digest = base64.b64encode(hashlib.sha256(style.encode()).digest()).decode()
+    app.config["CONTENT_SECURITY_POLICY"] = (
+        f"default-src 'none'; style-src 'sha256-{digest}'; img-src data:; form-action 'self'; base-uri 'none'; "
+        "frame-ancestors 'none'"
+    )
+    app.jinja_env.globals.update(style=Markup(style), version=VERSION)
+    app.jinja_env.filters.update(PAGE_FILTERS)
+    app.register_blueprint(web)
+    app.after_request(add_headers)
+    app.register_error_handler(HTTPException, handle_http_error)
+    app.register_error_handler(Refused, handle_refusal)
+    for kind in (sqlite3.Error, OSError, MemoryError):
+        app.register_error_handler(kind, handle_database_error)
+    app.register_error_handler(Exception, handle_fault)
+    logging.getLogger("collector.start").info(describe_start(shared))
+    try:
+        shared.database.connection()
+        shared.keep_house()
+    except (sqlite3.Error, OSError) as error:  # no reason not to start: deliveries are spooled
+        log.error("the database cannot be used, deliveries will be spooled: %s", error)
+    shared.database.close()  # nothing open may be carried across a fork
+    return app

@@ -1,0 +1,121 @@
+"""Settings of gunicorn: `gunicorn` alone, in this folder, starts the service."""
+
+import fcntl
+import logging
+import select
+import signal
+import socket
+import sys
+import tempfile
+import time
+
+from gunicorn.workers.sync import SyncWorker
+
+import collector
+
+REQUEST_SECONDS = 3  # for a request to arrive whole
+REPLY_SECONDS = 5  # more for the reply to be taken, or its next part
+SLOT_SECONDS = 0.5  # for another reader to end
+
+settings = collector.read_settings()
+bind = f"0.0.0.0:{settings['PORT']}"
+workers = settings["WEB_CONCURRENCY"]
+wsgi_app = "collector:create_app()"
+timeout = 15  # a backstop: the worker cuts slow clients off by itself
+graceful_timeout = 2
+worker_tmp_dir = "/dev/shm"  # a heartbeat on a busy disk would block
+control_socket_disable = True  # it needs a writable home
+proc_name = "sentry-error-collector"
+
+
+class Worker(SyncWorker):
+    """A sync worker that no client can hold for longer than a few seconds."""
+
+    client = None
+
+    def init_signals(self):
+        super().init_signals()
+        signal.signal(signal.SIGALRM, self.cut_off)
+
+    def load_wsgi(self):
+        super().load_wsgi()
+        shared = self.wsgi.extensions["collector"]
+        shared.keep_alive = self.keep_alive
+        shared.database.stopping = lambda: not self.alive
+
+    def keep_alive(self):
+        """Grant a long reply more time."""
+        self.notify()
+        signal.setitimer(signal.ITIMER_REAL, REPLY_SECONDS, REPLY_SECONDS)
+
+    def cut_off(self, sig, frame):
+        """End the reading first, which harms no request that is here; the second time end the connection."""
+        try:
+            self.client.shutdown(self.cut)
+        except OSError:
+            pass
+        self.cut = socket.SHUT_RDWR
+
+    def handle(self, listener, client, addr):
+        # With TCP_DEFER_ACCEPT a connection comes with its first bytes; one without has been silent all that time.
+        if DEFERRED and not select.select([client], [], [], 0)[0]:
+            client.close()
+            return
+        self.client, self.cut = client, socket.SHUT_RD
+        signal.setitimer(signal.ITIMER_REAL, REQUEST_SECONDS, REPLY_SECONDS)
+        try:
+            super().handle(listener, client, addr)
+        finally:
+            signal.setitimer(signal.ITIMER_REAL, 0)
+
+    def handle_request(self, listener, req, client, addr):
+        reads = req.method != "POST" and req.path != "/health"
+        if reads and not self.take_slot():
+            client.sendall(BUSY)
+            return
+        try:
+            super().handle_request(listener, req, client, addr)
+        finally:
+            fcntl.lockf(SLOTS, fcntl.LOCK_UN)
+        # gunicorn would wait two seconds for the client to close first, which only a body left unread makes worth it.
+        if not getattr(req.body.reader, "length", 1):
+            client.close()
+
+    def take_slot(self):
+        """Say whether this worker may read now: at most all but one do at a time, so that one is free for webhooks."""
+        until = time.monotonic() + SLOT_SECONDS
+        while workers > 1:
+            for slot in range(workers - 1):
+                try:
+                    fcntl.lockf(SLOTS, fcntl.LOCK_EX | fcntl.LOCK_NB, 1, slot)
+                    return True
+                except OSError:
+                    pass
+            if time.monotonic() > until:
+                return False
+            time.sleep(0.002)
+        return True
+
+
+worker_class = Worker
+SLOTS = tempfile.TemporaryFile(dir=worker_tmp_dir)  # a byte a slot; record locks belong to a process, not to the file
+BUSY = (
+    b"HTTP/1.1 503 Service Unavailable\r\nConnection: close\r\nRetry-After: 1\r\nContent-Type: application/json\r\n\r\n"
+    b'{"error": "Other readers keep all workers but the one for webhooks; try again, or raise WEB_CONCURRENCY."}\n'
+)
+DEFERRED = hasattr(socket, "TCP_DEFER_ACCEPT")
+
+
+def on_starting(server):
+    """Check the settings and make the database once, before there are workers."""
+    collector.create_app()
+    # The workers import the module anew, so that a reload takes up new code; the start is logged once, here.
+    logging.getLogger("collector.start").disabled = True
+    del sys.modules["collector"]
+
+
+def when_ready(server):
+    """Let the kernel keep connections until they bring data: browsers open spare ones."""
+    for listener in server.LISTENERS:
+        if DEFERRED and listener.sock.family in (socket.AF_INET, socket.AF_INET6):
+            listener.sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_DEFER_ACCEPT, 30)
