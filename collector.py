@@ -1080,8 +1080,8 @@ def take_delivery(received_at):
     return {"status": outcome} | ({"id": id_, "url": f"/errors/{id_}"} if id_ else {})
 
 
-@web.post("/sentry/webhook")
 @web.post("/sentry/webhook/")  # Sentry follows no redirect and takes it for success
+@web.post("/sentry/webhook")
 def receive_webhook():
     """Take a delivery of Sentry's."""
     received_at, started = now(), time.monotonic()

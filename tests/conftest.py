@@ -1,0 +1,184 @@
+"""Fixtures: an app on a database of its own, signed deliveries, and a real gunicorn."""
+
+import hashlib
+import hmac
+import http.client
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from collector import create_app
+
+ROOT = Path(__file__).resolve().parent.parent
+PAYLOADS = Path(__file__).resolve().parent / "payloads"
+SECRET = "0123456789abcdef" * 4
+SETTINGS = (
+    "DATABASE_URL SENTRY_DSN SENTRY_CLIENT_SECRET SENTRY_ACTIONS API_TOKEN RETENTION_DAYS MAX_BODY_BYTES "
+    "WEB_CONCURRENCY PORT"
+).split()
+
+
+@pytest.fixture(autouse=True)
+def clean_environment(monkeypatch, tmp_path):
+    """Keep the developer's own settings and .env out of every test."""
+    for name in SETTINGS:
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.chdir(tmp_path)
+
+
+@pytest.fixture
+def make_app(tmp_path):
+    """Return a function that makes an app on tmp_path/data/errors.db with the settings given."""
+
+    def make(**config):
+        return create_app({"DATABASE_URL": f"sqlite:///{tmp_path}/data/errors.db", **config})
+
+    return make
+
+
+@pytest.fixture
+def app(make_app):
+    return make_app()
+
+
+@pytest.fixture
+def client(app):
+    return app.test_client()
+
+
+def load(name):
+    """Return a payload of tests/payloads as a dict."""
+    return json.loads((PAYLOADS / f"{name}.json").read_text(encoding="utf-8"))
+
+
+def wire(payload):
+    """Return the bytes that Sentry sends for a payload."""
+    return json.dumps(payload, separators=(",", ":")).encode()
+
+
+def sign(body, secret=SECRET):
+    """Return the headers that sign a body."""
+    return {"Sentry-Hook-Signature": hmac.new(secret.encode(), body, hashlib.sha256).hexdigest()}
+
+
+def event_payload(event_id="0" * 32, **event):
+    """Return a small error.created delivery."""
+    event = {"event_id": event_id, "title": "ValueError: no", "level": "error", **event}
+    return {"action": "created", "data": {"error": event}, "installation": {"uuid": "a"}}
+
+
+def post(client, payload, **headers):
+    """Post a payload (dict or bytes) with a test client; header names are given with underscores."""
+    body = payload if isinstance(payload, bytes) else wire(payload)
+    return client.post(
+        "/sentry/webhook", data=body, headers={key.replace("_", "-"): value for key, value in headers.items()}
+    )
+
+
+def count_rows(app):
+    """Return how many errors are stored."""
+    return app.extensions["collector"].database.connection().execute("SELECT count(*) FROM errors").fetchone()[0]
+
+
+def wait_for(condition, seconds=10):
+    """Return the condition's first true value; fail if there is none in time."""
+    deadline = time.monotonic() + seconds
+    while time.monotonic() < deadline:
+        value = condition()
+        if value:
+            return value
+        time.sleep(0.01)
+    raise AssertionError(f"not within {seconds} s: {condition}")
+
+
+class Server:
+    """A real gunicorn, started as the README says, in a process group of its own."""
+
+    def __init__(self, folder, **env):
+        with socket.socket() as probe:
+            probe.bind(("127.0.0.1", 0))
+            self.port = probe.getsockname()[1]
+        self.folder, self.log = Path(folder), Path(folder) / "server.log"
+        self.folder.mkdir(parents=True, exist_ok=True)
+        self.env = {key: value for key, value in os.environ.items() if key not in SETTINGS}
+        self.env |= {"DATABASE_URL": f"sqlite:///{self.folder}/data/errors.db", "PORT": str(self.port), **env}
+        self.process = None
+
+    def start(self, *arguments, wait=True):
+        """Start gunicorn in the project's folder; its output goes to self.log."""
+        command = [sys.executable, "-m", "gunicorn", *arguments]
+        with self.log.open("ab") as log:
+            self.process = subprocess.Popen(
+                command, cwd=ROOT, env=self.env, stdout=log, stderr=log, start_new_session=True
+            )
+        if wait:
+            wait_for(self.is_up, 20)
+        return self
+
+    def is_up(self):
+        assert self.process.poll() is None, self.log.read_text()
+        try:
+            return self.request("GET", "/health")[0] in (200, 503)
+        except OSError:
+            return False
+
+    def request(self, method, path, body=None, headers=None, timeout=10):
+        """Return status, headers and body of one request on a connection of its own."""
+        connection = http.client.HTTPConnection("127.0.0.1", self.port, timeout=timeout)
+        try:
+            connection.request(method, path, body, headers or {})
+            response = connection.getresponse()
+            return response.status, dict(response.getheaders()), response.read()
+        finally:
+            connection.close()
+
+    def deliver(self, payload, headers=None, timeout=10):
+        """Post a payload as Sentry would; return the status and the reply, parsed."""
+        body = payload if isinstance(payload, bytes) else wire(payload)
+        status, _, reply = self.request("POST", "/sentry/webhook", body, headers, timeout)
+        return status, json.loads(reply)
+
+    def get(self, path, **headers):
+        """Return the parsed JSON of a path."""
+        return json.loads(self.request("GET", path, headers=headers)[2])
+
+    def kill(self):
+        """Kill every process of the server at once, as a power cut would."""
+        os.killpg(self.process.pid, signal.SIGKILL)
+        self.process.wait()
+
+    def stop(self):
+        """Stop the server if it runs; kill what is left."""
+        if self.process and self.process.poll() is None:
+            self.process.terminate()
+            try:
+                self.process.wait(10)
+            except subprocess.TimeoutExpired:
+                pass
+        if self.process:
+            try:
+                os.killpg(self.process.pid, signal.SIGKILL)
+            except ProcessLookupError:
+                pass
+            self.process.wait()
+
+
+@pytest.fixture
+def make_server(tmp_path):
+    """Return a function that starts a gunicorn with the settings given; all are stopped at the end."""
+    servers = []
+
+    def make(*arguments, folder=tmp_path / "server", wait=True, **env):
+        servers.append(Server(folder, **env))
+        return servers[-1].start(*arguments, wait=wait)
+
+    yield make
+    for server in servers:
+        server.stop()
