@@ -37,10 +37,15 @@ def clean_environment(monkeypatch, tmp_path):
 def make_app(tmp_path):
     """Return a function that makes an app on tmp_path/data/errors.db with the settings given."""
 
-    def make(**config):
-        return create_app({"DATABASE_URL": f"sqlite:///{tmp_path}/data/errors.db", **config})
+    apps = []
 
-    return make
+    def make(**config):
+        apps.append(create_app({"DATABASE_URL": f"sqlite:///{tmp_path}/data/errors.db", **config}))
+        return apps[-1]
+
+    yield make
+    for app in apps:
+        app.extensions["collector"].database.close()
 
 
 @pytest.fixture
