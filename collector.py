@@ -348,9 +348,14 @@ LOCAL_FILE_SYSTEMS = "bcachefs btrfs ext2 ext3 ext4 f2fs jfs overlay ramfs reise
 DELIVERY_DAYS = 90  # that the counts of deliveries are kept
 
 
-def now():
-    """Return the time in ISO 8601 with microseconds, so that texts compare as times do."""
-    return datetime.now(UTC).isoformat(timespec="microseconds").replace("+00:00", "Z")
+def in_microseconds(when):
+    """Return a time in UTC as ISO 8601 with microseconds, so that texts compare as times do."""
+    return when.isoformat(timespec="microseconds").replace("+00:00", "Z")
+
+
+def now(days_ago=0):
+    """Return the time, or the time some days ago."""
+    return in_microseconds(datetime.now(UTC) - timedelta(days=days_ago))
 
 
 def choose_journal_mode(folder, mounts=Path("/proc/self/mountinfo")):
@@ -571,14 +576,9 @@ def select_errors(connection, filters, limit, oldest_first=False, columns=COLUMN
     return connection.execute(sql, filters | {"match": match, "limit": limit}).fetchall()
 
 
-def newest_id(connection):
-    """Return the newest error's id, None if there is none."""
-    return connection.execute("SELECT max(id) FROM errors").fetchone()[0]
-
-
-def oldest_id(connection):
-    """Return the oldest error's id, None if there is none."""
-    return connection.execute("SELECT min(id) FROM errors").fetchone()[0]
+def select_extent(connection):
+    """Return the oldest and the newest error's id, None if there is none."""
+    return list(connection.execute("SELECT (SELECT min(id) FROM errors), (SELECT max(id) FROM errors)").fetchone())
 
 
 def count_errors(connection):
@@ -601,7 +601,7 @@ def check_writable(database):
 
 def delete_old_errors(database, days, most=50):
     """Delete those of the `most` oldest errors that are older than `days`; return how many were."""
-    limit = (datetime.now(UTC) - timedelta(days=days)).isoformat()
+    limit = now(days)
     oldest = "SELECT id FROM (SELECT id, received_at FROM errors ORDER BY id LIMIT ?) WHERE received_at < ?"
     if not database.connection().execute(oldest, (most, limit)).fetchone():
         return 0
@@ -638,8 +638,7 @@ class Tally:
         counts = [(*key, *value) for key, value in self.pending.items()]
         counts += [(at[:10], outcome, "", 1, at)] if outcome else []
         connection.executemany(sql, counts)
-        oldest = (datetime.now(UTC) - timedelta(days=DELIVERY_DAYS)).isoformat()[:10]
-        connection.execute("DELETE FROM deliveries WHERE day < ?", (oldest,))
+        connection.execute("DELETE FROM deliveries WHERE day < ?", (now(DELIVERY_DAYS)[:10],))
 
 
 def select_deliveries(connection):
@@ -713,16 +712,14 @@ class Spool:
 
 
 def backup(path, target, report):
-    """Copy the database at `path`, as it is at this moment, to a new file; `report` gets pages left and in all."""
+    """Copy the database at `path`, as it is at this moment, to a new file; `report` gets the share that is done."""
     part = Path(f"{target}.part")
     part.unlink(missing_ok=True)
     with closing(sqlite3.connect(f"{Path(path).absolute().as_uri()}?mode=ro", uri=True, timeout=10)) as source:
         source.execute("BEGIN")
-        source.execute(
-            "SELECT count(*) FROM sqlite_schema"
-        ).fetchone()  # holds one snapshot, or writers restart the copy
+        source.execute("SELECT 1 FROM sqlite_schema").fetchone()  # one snapshot, or each writer would restart the copy
         with closing(sqlite3.connect(part)) as copy:
-            source.backup(copy, pages=2000, progress=lambda _, left, pages: report(left, pages))
+            source.backup(copy, pages=2000, progress=lambda _, left, pages: report(1 - left / max(pages, 1)))
             copy.execute("PRAGMA journal_mode = DELETE")  # one file, complete without a -wal beside it
     part.rename(target)
 
@@ -731,10 +728,15 @@ def backup(path, target, report):
 # Presentation: one function for each shape that goes out
 # ----------------------------------------------------------------------------------------------------------------------
 
-TEXT_LENGTH = 8000  # characters of the text form at the most
+TEXT_LENGTH = 8000  # characters of a text form at the most
 ANSI = re.compile(r"\x1b(?:\[[0-?]*[ -/]*[@-~]|\][^\x07\x1b]*(?:\x07|\x1b\\)?|[PX^_][^\x1b]*(?:\x1b\\)?|.)", re.DOTALL)
 # Control characters but tab and line feed, and those that reorder or hide text.
 UNSEEN = re.compile("[\0-\x08\x0b-\x1f\x7f-\x9f\u061c\u200b\u200e\u200f\u2028-\u202e\u2060-\u206f\ufeff\ufff9-\ufffb]")
+
+
+def as_json(value):
+    """Return a value as a line of JSON, ASCII so that no terminal obeys it."""
+    return json.dumps(value) + "\n"
 
 
 def summary(row):
@@ -750,16 +752,11 @@ def detail(row, body):
     return summary(row) | found
 
 
-def flat(value, length):
-    """Return text on one line of at most `length` characters, nothing in it that a terminal would obey."""
-    return cut(" ".join(UNSEEN.sub("", ANSI.sub("", str(value))).split()), length)
-
-
-def fold(frames):
-    """Return runs of frames, (is library code, frames); the crash, and all where no frame is marked, count as own."""
-    runs, marked = [], any(frame["in_app"] for frame in frames)
+def fold(frames, marked=False):
+    """Return runs of frames as (is library code, frames); the crash counts as own, and all where none is marked."""
+    runs, marked = [], marked or any(frame["in_app"] for frame in frames)
     for frame in frames:
-        library = marked and not frame["in_app"] and frame is not frames[-1]
+        library = bool(marked and not frame["in_app"] and frame is not frames[-1])
         if not runs or runs[-1][0] != library:
             runs.append((library, []))
         runs[-1][1].append(frame)
@@ -769,103 +766,105 @@ def fold(frames):
 def place(frame):
     """Return where a frame is, in the words of a Python traceback."""
     file = frame["filename"] or frame["abs_path"] or frame["module"] or "?"
-    line = f", line {frame['lineno']}" if frame["lineno"] is not None else ""
+    line = "" if frame["lineno"] is None else f", line {frame['lineno']}"
     return f'File "{file}"{line}, in {frame["function"] or "?"}'
+
+
+def flat(value, length):
+    """Return text on one line of at most `length` characters, nothing in it that a terminal would obey."""
+    return cut(" ".join(UNSEEN.sub("", ANSI.sub("", str(value))).split()), length)
+
+
+def joined(*values):
+    return " ".join(str(value) for value in values if value)
 
 
 def trace_lines(frames):
     """Return the lines of a stacktrace, the oldest call first, runs of library frames folded."""
-    lines = []
     for library, run in fold(frames):
         if library:
-            lines.append(f"[{len(run)} library frame{'s' if len(run) > 1 else ''}]")
-            continue
-        for frame in run:
-            lines.append(flat(place(frame), 300))
-            if frame["context_line"] and frame["context_line"].strip():
-                lines.append("  " + flat(frame["context_line"], 200))
-    return lines
+            yield f"[{len(run)} library frame{'s'[: len(run) > 1]}]"
+        for frame in [] if library else run:
+            yield flat(place(frame), 300)
+            if flat(frame["context_line"] or "", 200):
+                yield "  " + flat(frame["context_line"], 200)
+
+
+def chain_lines(exceptions):
+    """Return a line for each exception, the inner cause first, with the place where it was raised."""
+    for found in exceptions:
+        at = f"[{flat(place(found['frames'][-1]), 200)}]" if found["frames"] else ""
+        yield joined(flat(f"{found['type'] or '?'}: {found['value'] or ''}", 400), at)
 
 
 def error_text(row, body, url):
-    """Return an error as text for a terminal or an agent: the most useful part first, at most TEXT_LENGTH characters.
+    """Return an error as text for a terminal or an agent, the most useful part first, TEXT_LENGTH characters at most.
 
-    The lines that start at the margin are ours; the error's own words stand behind a key or are indented.
+    Only lines of ours start at the margin; the error's own words stand behind a key there, or indented.
     """
-    payload = json.loads(body)
-    found, left_out = parse_detail(payload), []
-    values = {
-        "error": row["id"], "title": row["title"], "level": row["level"],
+    found = parse_detail(json.loads(body))
+    http, crumbs = found["request"] or {}, [{**crumb, "data": plain(crumb["data"])} for crumb in found["breadcrumbs"]]
+    values = {"error": row["id"]} | {key: row[key] for key in ("title", "level", "culprit", "environment", "release")}
+    values |= {
         "project": row["project_slug"] or row["project_name"] or row["project_id"],
-        "environment": row["environment"], "release": row["release"], "platform": row["platform"],
-        "when": row["timestamp"], "received": row["received_at"], "culprit": row["culprit"],
+        "issue": joined(row["short_id"], row["issue_id"]),
+        "event": row["event_id"],
+        "happened": row["timestamp"],
+        "received": row["received_at"],
         "message": None if row["message"] in (row["title"], row["exception_value"]) else row["message"],
-        "logger": row["logger"], "rule": row["rule"],
-        "issue": " ".join(filter(None, (row["short_id"], row["issue_id"]))), "event": row["event_id"],
-        "sentry": row["permalink"], "url": url,
-    }  # fmt: skip
-    lengths = {"title": 500, "message": 1000, "sentry": 300, "url": 300}
-    text_ = "".join(f"{key}: {flat(value, lengths.get(key, 150))}\n" for key, value in values.items() if value)
-    sections = {
-        "stacktrace (oldest call first)": trace_lines(found["stacktrace"]),
-        "exceptions (inner cause first)": [
-            flat(f"{item['type'] or '?'}: {item['value'] or ''}", 500) for item in found["exceptions"]
-        ],
-        "tags": [flat(f"{key} = {value}", 200) for key, value in found["tags"].items()],
-        "request": [flat(" ".join(filter(None, (found["request"] or {}).values())), 500)] if found["request"] else [],
-        "breadcrumbs (newest last)": [crumb_line(crumb) for crumb in found["breadcrumbs"][-10:]],
+        **{key: row[key] for key in ("platform", "logger", "rule", "permalink")},
+        "url": url,
     }
-    # What is cut goes from the top where the end matters most, and else from the end.
-    room = TEXT_LENGTH - len(text_) - 400 - len(url)
+    lengths = {"title": 500, "message": 1000, "permalink": 300, "url": 300}
+    head = "".join(f"{key}: {flat(value, lengths.get(key, 150))}\n" for key, value in values.items() if value)
+    words = ("timestamp", "category", "level", "message", "data")
+    sections = {
+        "stacktrace (oldest call first)": list(trace_lines(found["stacktrace"])),
+        "exceptions (inner cause first)": list(chain_lines(found["exceptions"])),
+        "tags": [flat(f"{key} = {value}", 200) for key, value in found["tags"].items()],
+        "request": [flat(joined(http.get("method"), http.get("url")), 500)] if http else [],
+        "breadcrumbs (newest last)": [flat(joined(*(crumb[word] for word in words)), 250) for crumb in crumbs[-10:]],
+    }
+    return head + fit(sections, TEXT_LENGTH - len(head) - 400 - len(url), url)
+
+
+def fit(sections, room, url):
+    """Return as much of sections of lines as there is room for, and what had to be left out."""
+    parts, left_out = [], []
     for name, lines in sections.items():
-        lines = list(filter(None, lines))
-        newest_last = "first" in name or "last" in name
-        kept, budget = [], min(room - len(name) - 3, 3800)
-        for line in reversed(lines) if newest_last else lines:
-            if len(line) + 3 > budget:
-                break
-            kept.append(line)
+        ends_best = "(" in name  # what is cut goes from the top where the end matters most
+        kept, budget = [], min(room - len(name) - 3, TEXT_LENGTH // 2)
+        for line in lines[::-1] if ends_best else lines:
             budget -= len(line) + 3
+            if budget < 0:
+                break
+            kept.append(f"  {line}\n")
+        if kept:
+            parts.append(f"\n{name}:\n" + "".join(kept[::-1] if ends_best else kept))
+            room -= len(parts[-1])
         if len(kept) < len(lines):
             left_out.append(f"{len(lines) - len(kept)} lines of {name.split(' (')[0]}")
-        if kept:
-            part = f"\n{name}:\n" + "".join(f"  {line}\n" for line in (reversed(kept) if newest_last else kept))
-            text_, room = text_ + part, room - len(part)
     omitted = f"left out: {', '.join(left_out)}; " if left_out else ""
-    return text_ + f"\n{omitted}source context, mechanism and payload: {url}?format=json and {url}/payload\n"
-
-
-def crumb_line(crumb):
-    data = json.dumps(crumb["data"], ensure_ascii=False) if crumb["data"] else ""
-    return flat(
-        " ".join(filter(None, (*(crumb[key] for key in ("timestamp", "category", "level", "message")), data))), 250
-    )
+    return "".join(parts) + f"\n{omitted}source context and more: {url}?format=json and {url}/payload\n"
 
 
 def errors_text(rows, more):
-    """Return a list as text, an error a line, at most TEXT_LENGTH characters; `more` is the URL of the rest or None."""
-    lines, room = [], TEXT_LENGTH - 300 - len(more or "")
+    """Return a list as text, an error a line, TEXT_LENGTH characters at most; `more` is the URL of the rest or None."""
+    lines, room = [], TEXT_LENGTH - 200 - len(more or "")
     for row in rows:
-        words = (
-            row["received_at"],
-            row["level"],
-            row["project_slug"],
-            row["title"],
-            row["culprit"] and f"in {row['culprit']}",
-        )
-        line = f"#{row['id']} {flat(' '.join(filter(None, words)), 300)}\n"
-        room -= len(line)
+        about = joined(row["received_at"], row["level"], row["project_slug"], row["title"], row["culprit"])
+        lines.append(f"#{row['id']} {flat(about, 300)}\n")
+        room -= len(lines[-1])
         if room < 0:
-            lines.append(f"left out: {len(rows) - len(lines)} more of this page; ask for fewer with limit=\n")
+            lines[-1] = f"left out: {len(rows) - len(lines) + 1} more of this page; ask for fewer with limit=\n"
             break
-        lines.append(line)
     return "".join(lines) + (f"next: {more}\n" if more else "") or "no errors\n"
 
 
 def visible(value, length=2000):
-    """Return text as HTML: escaped, cut, and with a sign for each character that would hide or reorder others."""
-    sign_for = lambda found: f'<b class="unseen">U+{ord(found[0]):04X}</b>'  # noqa: E731
-    return Markup(UNSEEN.sub(sign_for, str(escape(cut(str(value), length)))))
+    """Return text as HTML: escaped, cut, and a sign in place of each character that would hide or reorder others."""
+    shown = str(escape(cut(str(value), length)))
+    return Markup(UNSEEN.sub(lambda found: f'<b class="unseen">U+{ord(found[0]):04X}</b>', shown))
 
 
 def ago(value):
@@ -873,49 +872,39 @@ def ago(value):
     seconds = (datetime.now(UTC) - datetime.fromisoformat(value)).total_seconds()
     for unit, size in (("d", 86400), ("h", 3600), ("min", 60)):
         if abs(seconds) >= size:
-            return f"{abs(seconds) // size:.0f} {unit} " + ("ago" if seconds > 0 else "ahead")
+            return f"{abs(seconds) // size:.0f} {unit} {'ago' if seconds > 0 else 'ahead'}"
     return "just now"
 
 
 def web_link(value):
-    """Return a URL only if it is one that a browser may be sent to."""
+    """Return a URL only if it is one that a browser may be sent to, else None."""
     return value if re.match(r"https?://[^\s]+$", value or "", re.IGNORECASE) else None
 
 
 def source_lines(frame):
     """Return a frame's source lines as (number or None, text, whether it crashed there)."""
-    before, line, after = (frame[key] for key in ("pre_context", "context_line", "post_context"))
-    if line is None:
-        return []
-    lines = [*(before or []), line, *(after or [])]
-    start = None if frame["lineno"] is None else frame["lineno"] - len(before or [])
-    return [(None if start is None else start + i, text_, i == len(before or [])) for i, text_ in enumerate(lines)]
+    before, after, number = frame["pre_context"] or [], frame["post_context"] or [], frame["lineno"]
+    lines = [] if frame["context_line"] is None else [*before, frame["context_line"], *after]
+    return [
+        (None if number is None else number - len(before) + index, line, index == len(before))
+        for index, line in enumerate(lines)
+    ]
 
 
 def chart(times, bars=40):
-    """Return a bar chart of ISO 8601 times, newest first, as bars of (share of the highest, count, start)."""
+    """Return a bar chart of ISO 8601 times as bars of (share of the highest, count, start), None without times."""
     if not times:
         return None
-    stamps = [datetime.fromisoformat(time_).timestamp() for time_ in times]
-    start, width = min(stamps), max((max(stamps) - min(stamps)) / bars, 1)
-    counts = [0] * bars
-    for stamp in stamps:
-        counts[min(int((stamp - start) / width), bars - 1)] += 1
-    starts = [datetime.fromtimestamp(start + i * width, UTC).strftime("%Y-%m-%d %H:%M:%S") for i in range(bars)]
-    return {
-        "bars": [(count / max(counts), count, at) for count, at in zip(counts, starts, strict=True)],
-        "most": max(counts),
-    }
+    stamps = [datetime.fromisoformat(value).timestamp() for value in times]
+    width = max((max(stamps) - min(stamps)) / (bars - 1), 1)
+    counts = Counter(bars - 1 - int((max(stamps) - stamp) / width) for stamp in stamps)
+    starts = [datetime.fromtimestamp(max(stamps) - (bars - index) * width, UTC) for index in range(bars)]
+    most = max(counts.values())
+    shown = [(counts[index] / most, counts[index], f"{start:%Y-%m-%d %H:%M:%S}") for index, start in enumerate(starts)]
+    return {"bars": shown, "most": most}
 
 
-PAGE_FILTERS = {
-    "visible": visible,
-    "ago": ago,
-    "web_link": web_link,
-    "source_lines": source_lines,
-    "fold": fold,
-    "place": place,
-}
+PAGE_FILTERS = (visible, ago, web_link, source_lines, fold, place)
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -924,7 +913,11 @@ PAGE_FILTERS = {
 
 web = Blueprint("web", __name__, cli_group=None)
 FORMS = {"json": "application/json", "html": "text/html", "text": "text/plain", "ndjson": "application/x-ndjson"}
-STATUSES = {"stored": 201, "duplicate": 200, "ignored": 200, "queued": 202}
+FILTERS = (*FACETS, "since", "until", "q")
+MISSING = (
+    "The Sentry-Hook-Signature header is missing: send through an internal integration, which signs. The legacy WebHooks "
+    "plugin cannot; it needs SENTRY_CLIENT_SECRET unset."
+)
 HIDDEN = re.compile(r"[^\w.:-]", re.ASCII)  # in a log line, whatever could end it or pass for another
 
 
@@ -933,14 +926,10 @@ class Collector:
 
     def __init__(self, settings):
         self.settings, path = settings, settings["DATABASE_URL"]
-        self.database = Database(path)
-        self.spool = Spool(path.parent / "spool")
-        self.tally = Tally()
+        self.database, self.spool, self.tally = Database(path), Spool(path.parent / "spool"), Tally()
         self.report = lambda error: None
-        self.keep_alive = lambda: (
-            None
-        )  # gunicorn.conf.py sets it: a long export tells its worker's master that it lives
-        self.pruned_at = 0
+        self.keep_alive = lambda: None  # gunicorn.conf.py's: a long export says that its worker lives
+        self.pruned_at = -math.inf
 
     def count(self, outcome, reason):
         """Count a delivery that needs no transaction, and write the counts where that is cheap."""
@@ -950,10 +939,6 @@ class Collector:
                 with self.database.turn(wait=0.1) as connection:
                     self.tally.write(connection)
                 self.tally.pending.clear()
-
-    def read_row(self, body, resource, received_at):
-        """Return the row of a delivery that is known to hold an error."""
-        return parse_error(parse_body(body), resource, received_at)
 
     def store(self, body, payload, resource, received_at):
         """Commit a delivery's error, or spool the delivery; return the outcome and the error's id or None.
@@ -967,22 +952,26 @@ class Collector:
                 outcome = "stored" if is_new else "duplicate"
                 self.tally.write(connection, outcome)
             self.tally.pending.clear()
+            return outcome, id_
         except Exception as error:  # whatever it is, a fault of ours too: Sentry will not send this again
-            reason = "database locked" if is_busy(error) else "database not writable"
-            log.error("cannot store, spooling: %s: %s", type(error).__name__, error)
-            self.report(error)
+            self.note("cannot store a delivery, spooling it", error)
             self.spool.put(received_at, resource, body)
-            self.tally.add("queued", reason)
+            self.tally.add("queued", "database locked" if is_busy(error) else "database not writable")
             return "queued", None
-        return outcome, id_
+
+    def note(self, words, error):
+        """Log and report a failure, in words that hold nothing of a delivery."""
+        of_system = isinstance(error, sqlite3.Error | OSError)
+        log.error("%s: %s: %s", words, type(error).__name__, error if of_system else "a fault of the collector's own")
+        self.report(error)
 
     def keep_house(self):
         """Do what must not hold a reply up: move what was spooled, delete what is too old, a little at a time."""
+        days = self.settings["RETENTION_DAYS"]
         with suppress(sqlite3.Error, OSError):
-            self.spool.drain(self.database, self.read_row)
-            if self.settings["RETENTION_DAYS"] and time.monotonic() - self.pruned_at > 1:
-                if not delete_old_errors(self.database, self.settings["RETENTION_DAYS"]):
-                    self.pruned_at = time.monotonic()
+            self.spool.drain(self.database, lambda body, *about: parse_error(parse_body(body), *about))
+            if days and time.monotonic() - self.pruned_at > 1 and not delete_old_errors(self.database, days):
+                self.pruned_at = time.monotonic()
 
 
 def collector():
@@ -1001,67 +990,65 @@ def read_body(limit):
     try:
         return request.get_data(cache=False)
     except ClientDisconnected:
-        words = f"The delivery broke off before its {length} bytes had arrived; send it again, faster."
+        words = f"The delivery broke off before its {length} bytes had come; send it again, faster."
         raise Refused(400, "cut short", words) from None
 
 
-def sign(body, secret):
-    """Return the signature that Sentry sends for a body (bytes) and a client secret."""
-    return hmac.new(secret.encode("utf-8", "surrogateescape"), body, hashlib.sha256).hexdigest().encode()
+def is_signed(body, given, secrets):
+    """Say whether `given` (bytes) is the signature of a body (bytes) by one of the client secrets."""
+    keys = [secret.encode("utf-8", "surrogateescape") for secret in secrets]
+    signatures = [hmac.new(key, body, hashlib.sha256).hexdigest().encode() for key in keys]
+    return any(hmac.compare_digest(signature, given) for signature in signatures)
 
 
 def check_signature(body, signature, secrets):
-    """Raise Refused unless one of `secrets` signs the body; without any there is no check."""
+    """Raise Refused, with what is probably wrong, unless one of `secrets` signs the body; check nothing without any."""
     given = (signature or "").encode("utf-8", "replace")
-    if secrets and not any([hmac.compare_digest(sign(body, secret), given) for secret in secrets]):
-        reason, words = explain_signature(body, given, secrets)
-        raise Refused(401, reason, words)
-
-
-def explain_signature(body, given, secrets):
-    """Return why a signature is probably wrong, as the reason to count and as words for its sender."""
+    if not secrets or is_signed(body, given, secrets):
+        return
     if not given:
-        return "signature missing", (
-            "The Sentry-Hook-Signature header is missing. Send through an internal integration, which signs; the legacy "
-            "WebHooks plugin cannot, it works only with SENTRY_CLIENT_SECRET unset."
-        )
+        raise Refused(401, "signature missing", MISSING)
     if len(given) != 64:
-        return "signature length", (
-            f"The Sentry-Hook-Signature is wrong: it has {len(given)} characters, HMAC-SHA256 in hex has 64. "
-            "Something other than Sentry signed, or a proxy changed the header."
+        reason, words = (
+            "signature length",
+            f"it has {len(given)} characters, HMAC-SHA256 in hex has 64; let Sentry sign.",
         )
-    if any(hmac.compare_digest(sign(body, secret.strip()), given) for secret in secrets):
-        return "white space in secret", (
-            "The Sentry-Hook-Signature is wrong, but matches once white space around SENTRY_CLIENT_SECRET is removed; "
-            "remove it."
+    elif is_signed(body, given, [secret.strip() for secret in secrets]):
+        reason, words = "white space in secret", "remove the white space around SENTRY_CLIENT_SECRET."
+    elif is_signed(as_sentry_writes(body), given, secrets):
+        reason, words = (
+            "body rewritten",
+            "the JSON is right, its bytes are not; make the proxy in between leave them alone.",
         )
+    else:
+        reason, words = (
+            "signature wrong",
+            "set SENTRY_CLIENT_SECRET to the integration's Client Secret (no token, no DSN).",
+        )
+    raise Refused(401, reason, f"The Sentry-Hook-Signature is wrong: {words}")
+
+
+def as_sentry_writes(body):
+    """Return the JSON of a body (bytes) in the bytes that Sentry would send, the body itself if it is none."""
     with suppress(ValueError, RecursionError):
-        sent = json.dumps(json.loads(body), separators=(",", ":")).encode()  # as Sentry writes it
-        if any(hmac.compare_digest(sign(sent, secret), given) for secret in secrets):
-            return "body rewritten", (
-                "The Sentry-Hook-Signature is wrong for these bytes, but right for the same JSON as Sentry writes it: "
-                "a proxy rewrote the body on its way. Make it pass the body on unchanged."
-            )
-    return "signature wrong", (
-        "The Sentry-Hook-Signature is wrong. Copy the Client Secret of the Sentry integration (not a token, not the DSN) "
-        "into SENTRY_CLIENT_SECRET and restart."
-    )
+        return json.dumps(json.loads(body), separators=(",", ":")).encode()
+    return body
 
 
 def reason_to_ignore(payload, accepted):
-    """Return why a delivery is not stored, as the reason to count and as words, or None if it is."""
+    """Return why a delivery is not stored, as the reason to count and in words, or None if it is."""
     action = text(payload.get("action"))
+    shown = ascii(cut(action, 40))
     if find_error(payload) is None:
-        return "no error", f"a delivery with action {ascii(cut(action, 40))} that holds no new error"
+        return "no error", f"a delivery with action {shown} that holds no new error"
     if action is None or action in accepted:
         return None
-    wider = ",".join((*accepted, "triggered"))
-    mend = f"; set SENTRY_ACTIONS={wider} to take issue alerts" if action == "triggered" else ""
-    return "action not accepted", f"action {ascii(cut(action, 40))} is not in SENTRY_ACTIONS{mend}"
+    mend = f"; SENTRY_ACTIONS={','.join(accepted)},triggered takes issue alerts" if action == "triggered" else ""
+    return "action not accepted", f"action {shown} is not in SENTRY_ACTIONS{mend}"
 
 
 def take_delivery(received_at):
-    """Return what became of the request's delivery as a reply, and the reason it is counted under; raise Refused."""
+    """Return the reply to the request's delivery; raise Refused if it is not taken."""
     shared, settings = collector(), collector().settings
     body = read_body(settings["MAX_BODY_BYTES"])
     check_signature(body, request.headers.get("Sentry-Hook-Signature"), settings["SENTRY_CLIENT_SECRET"])
@@ -1074,13 +1061,12 @@ def take_delivery(received_at):
         outcome, id_ = shared.store(body, payload, request.headers.get("Sentry-Hook-Resource"), received_at)
     except OSError as error:
         log.critical("LOST a delivery: neither the database nor the spool can be written: %s", error)
-        raise Refused(
-            503, "disk", "Neither the database nor the spool can be written; see the collector's log."
-        ) from error
+        words = "Neither the database nor the spool can be written; free the disk, and see the collector's log."
+        raise Refused(503, "disk", words) from error
     return {"status": outcome} | ({"id": id_, "url": f"/errors/{id_}"} if id_ else {})
 
 
-@web.post("/sentry/webhook/")  # Sentry follows no redirect and takes it for success
+@web.post("/sentry/webhook/")  # Sentry follows no redirect, and takes one for success
 @web.post("/sentry/webhook")
 def receive_webhook():
     """Take a delivery of Sentry's."""
@@ -1089,52 +1075,50 @@ def receive_webhook():
         reply = take_delivery(received_at)
     except Refused as refused:
         collector().count("refused", refused.reason)
-        log_delivery(f"refused {refused.status} {refused.reason}", started)
+        log_delivery(started, f"refused {refused.status} {refused.reason}")
         raise
-    log_delivery(" ".join(str(value) for key, value in reply.items() if key != "url"), started)
-    response = Response(json.dumps(reply) + "\n", STATUSES[reply["status"]], mimetype=FORMS["json"])
+    log_delivery(started, *(value for key, value in reply.items() if key != "url"))
+    status = {"stored": 201, "queued": 202}.get(reply["status"], 200)
+    response = Response(as_json(reply), status, mimetype=FORMS["json"])
     if reply["status"] == "stored":
         response.location = reply["url"]
     response.call_on_close(collector().keep_house)
     return response
 
 
-def log_delivery(outcome, started):
-    resource, request_id = (request.headers.get(key, "-") for key in ("Sentry-Hook-Resource", "Request-ID"))
-    ids = " ".join(HIDDEN.sub("?", value)[:40] for value in (resource, request_id))
-    log.info("webhook %s resource,request %s %.0f ms", outcome, ids, (time.monotonic() - started) * 1000)
-
-
-OPEN_TO_ALL = ("web.receive_webhook", "web.show_health")
+def log_delivery(started, *words):
+    """Log a line about a delivery, nothing of its content in it."""
+    about = (request.headers.get(name, "-") for name in ("Sentry-Hook-Resource", "Request-ID"))
+    milliseconds = (time.monotonic() - started) * 1000
+    log.info(
+        "webhook %s; %s; %.0f ms", joined(*words), joined(*(HIDDEN.sub("?", word)[:40] for word in about)), milliseconds
+    )
 
 
 @web.before_request
 def guard_reading():
     """Let only those read who know API_TOKEN, if it is set."""
-    if request.endpoint in OPEN_TO_ALL:
-        return
     token, given = collector().settings["API_TOKEN"], request.authorization
+    if not token or request.endpoint in ("web.receive_webhook", "web.show_health"):
+        return
     words = (given.token if given.type == "bearer" else given.password) or "" if given else ""
-    if token and not hmac.compare_digest(words.encode("utf-8", "replace"), token.encode("utf-8", "surrogateescape")):
+    if not hmac.compare_digest(words.encode("utf-8", "replace"), token.encode("utf-8", "surrogateescape")):
         abort(401, "Reading needs API_TOKEN; send 'Authorization: Bearer <token>', or the token as Basic password.")
 
 
 def choose_form(*forms):
     """Return the form to reply in: what ?format= says, else what the Accept header prefers, else the first."""
-    asked = request.args.get("format")
+    asked, types = request.args.get("format"), {FORMS[form]: form for form in forms}
     if asked and asked not in forms:
         abort(400, f"format={ascii(asked[:40])} is unknown here; use one of {', '.join(forms)}.")
-    if asked:
-        return asked
-    types = {FORMS[form]: form for form in forms}
-    return types[request.accept_mimetypes.best_match(types, FORMS[forms[0]])]
+    return asked or types[request.accept_mimetypes.best_match(types, FORMS[forms[0]])]
 
 
 def read_query(*names):
     """Return the query string as a dict without empty values; abort with 400 on a name not in `names` or a repeat."""
     for name, values in request.args.lists():
         if name not in names:
-            abort(400, f"The parameter {ascii(name[:40])} is unknown here; known are {', '.join(names)}.")
+            abort(400, f"The parameter {ascii(name[:40])} is unknown here; known are {', '.join(names) or 'none'}.")
         if len(values) > 1:
             abort(400, f"The parameter {name} is given {len(values)} times; give it once.")
     return {name: clean(value.strip()) for name, value in request.args.items() if value.strip()}
@@ -1143,60 +1127,48 @@ def read_query(*names):
 def read_number(query, name, least, most):
     """Return a whole number of the query, None if it isn't there; abort with 400 if it is none or out of bounds."""
     value = query.get(name)
-    if value is None:
-        return None
-    if not re.fullmatch(r"[0-9]{1,19}", value) or not least <= int(value) <= most:
+    if value is not None and not (re.fullmatch(r"[0-9]{1,19}", value) and least <= int(value) <= most):
         abort(400, f"{name}={ascii(value[:40])} is no whole number from {least} to {most}.")
-    return int(value)
+    return value and int(value)
 
 
 def read_time(query, name):
     """Return a time of the query, ISO 8601 or as long ago as 15m, 24h or 7d; abort with 400 if it is neither."""
-    value = query.get(name, "")
+    value = query.get(name)
+    if value is None:
+        return None
     ago = re.fullmatch(r"([0-9]{1,6})([mhd])", value)
-    # A plus sign that was not encoded arrives as a space.
-    found = moment(value.replace(" ", "+") if "T" in value else value)
     if ago:
-        unit = {"m": "minutes", "h": "hours", "d": "days"}[ago[2]]
-        with suppress(OverflowError):
-            found = (datetime.now(UTC) - timedelta(**{unit: int(ago[1])})).isoformat()
-    if value and not found:
+        minutes = int(ago[1]) * {"m": 1, "h": 60, "d": 1440}[ago[2]]
+        found = moment(max(time.time() - minutes * 60, 0))
+    else:
+        found = moment(value.replace(" ", "+") if "T" in value else value)  # a plus that was not encoded
+    if found is None:
         abort(400, f"{name}={ascii(value[:40])} is no time; use ISO 8601, as 2026-01-31T12:00:00Z, or 15m, 24h, 7d.")
-    # With microseconds always, so that texts compare as times do.
-    return datetime.fromisoformat(found).isoformat(timespec="microseconds").replace("+00:00", "Z") if found else None
-
-
-FILTERS = (*FACETS, "since", "until", "q")
+    return in_microseconds(datetime.fromisoformat(found))
 
 
 def read_filters(query):
     """Return the filters of a query as Storage takes them."""
-    filters = {name: query[name] for name in (*FACETS, "q") if name in query}
+    filters = {name: query.get(name) for name in (*FACETS, "q")}
     filters |= {name: read_time(query, name) for name in ("since", "until")}
     filters |= {name: read_number(query, name, 0, 2**63 - 1) for name in ("before", "after")}
     return {name: value for name, value in filters.items() if value is not None}
 
 
-def answer(form, state, render, links=""):
-    """Reply in a form with what `render` returns, or with 304 if the client has it: `state` tells one from another."""
-    etag = hashlib.sha256(json.dumps([STAMP, form, request.full_path, *state]).encode()).hexdigest()[:32]
-    if request.if_none_match.contains_weak(etag):
-        response = Response(status=304)
-    else:
-        response = Response(render(), mimetype=FORMS[form])
+def answer(form, state, render, links=None):
+    """Reply in a form with what `render` returns, or with 304 to a client that has it: `state` tells versions apart."""
+    etag = hashlib.sha256(as_json([STAMP, form, request.full_path, *state]).encode()).hexdigest()[:32]
+    known = request.if_none_match.contains_weak(etag)
+    response = Response(status=304) if known else Response(render(), mimetype=FORMS[form])
     response.set_etag(etag)
-    if links:
-        response.headers["Link"] = links
+    response.headers.extend({"Link": links} if links else {})
     return response
 
 
-def minute():
-    """Return what makes a page differ that says how long ago things were."""
-    return int(time.time() // 60)
-
-
-def as_json(value):
-    return json.dumps(value) + "\n"
+def moving(connection):
+    """Return what a page changes with that shows neighbours, and how long ago things were."""
+    return [*select_extent(connection), int(time.time() // 60)]
 
 
 @web.get("/errors/latest")
@@ -1204,10 +1176,12 @@ def show_latest():
     """Show the newest error in full."""
     form, query = choose_form("json", "html", "text"), read_query(*FILTERS, "format", "refresh")
     connection, filters = collector().database.connection(), read_filters(query)
-    rows = select_errors(connection, narrow(connection, filters), 1)
-    if not rows and not filters:
-        abort(404, "No error has come in yet; / says how to connect Sentry.")
-    return show(connection, rows[0] if rows else abort(404, "No error matches; /errors lists those there are."), form)
+    for row in select_errors(connection, narrow(connection, filters), 1):
+        return show(connection, row, form, read_number(query, "refresh", 5, 3600))
+    words = (
+        "No error matches; /errors lists those there are." if filters else "No error has come in yet; see / for how."
+    )
+    return abort(404, words)
 
 
 @web.get("/errors/<int:id_>")
@@ -1216,39 +1190,6 @@ def show_error(id_):
     form, _ = choose_form("json", "html", "text"), read_query("format")
     connection = collector().database.connection()
     return show(connection, find_row(connection, id_), form)
-
-
-def find_row(connection, id_):
-    """Return an error's row; abort with 404 if there is none."""
-    row = select_error(connection, id_) if id_ < 2**63 else None
-    return row or abort(404, f"There is no error {str(id_)[:20]}; /errors lists those there are.")
-
-
-def show(connection, row, form):
-    """Reply with one error in full."""
-    id_, url = row["id"], url_for("web.show_error", id_=row["id"], _external=True)
-    renders = {
-        "json": lambda: as_json(detail(row, select_body(connection, id_))),
-        "text": lambda: error_text(row, select_body(connection, id_), url),
-        "html": lambda: render_template("detail.html", **error_page(connection, row)),
-    }
-    moving = [newest_id(connection), minute()] if form == "html" else []
-    return answer(form, [id_, row["received_at"], *moving], renders[form])
-
-
-def error_page(connection, row):
-    """Return what the page of an error shows."""
-    found = parse_detail(json.loads(select_body(connection, row["id"])))
-    newer, older = select_neighbours(connection, row["id"])
-    siblings = select_errors(connection, {"issue": row["issue_id"]}, 11) if row["issue_id"] else []
-    chain = found["exceptions"][::-1]
-    if not any(exception["frames"] for exception in chain) and found["stacktrace"]:
-        chain = [{**(chain[0] if chain else {}), "frames": found["stacktrace"]}, *chain[1:]]
-    return {
-        "error": summary(row), **found, "request_": found["request"], "chain": chain, "newer": newer, "older": older,
-        "siblings": [summary(other) for other in siblings if other["id"] != row["id"]],
-        "refresh": read_number(request.args, "refresh", 5, 3600),
-    }  # fmt: skip
 
 
 @web.get("/errors/<int:id_>/payload")
@@ -1260,16 +1201,53 @@ def show_payload(id_):
     return answer("json", [id_, row["received_at"]], lambda: select_body(connection, id_))
 
 
+def find_row(connection, id_):
+    """Return an error's row; abort with 404 if there is none."""
+    row = select_error(connection, id_) if id_ < 2**63 else None
+    return row or abort(404, f"There is no error {str(id_)[:20]}; /errors lists those there are.")
+
+
+def show(connection, row, form, refresh=None):
+    """Reply with one error in full."""
+    id_, url = row["id"], url_for("web.show_error", id_=row["id"], _external=True)
+    renders = {
+        "json": lambda: as_json(detail(row, select_body(connection, id_))),
+        "text": lambda: error_text(row, select_body(connection, id_), url),
+        "html": lambda: render_template("detail.html", refresh=refresh, **error_page(connection, row)),
+    }
+    return answer(form, [id_, row["received_at"], *(moving(connection) if form == "html" else [])], renders[form])
+
+
+def error_page(connection, row):
+    """Return what the page of an error shows."""
+    found = parse_detail(json.loads(select_body(connection, row["id"])))
+    newer, older = select_neighbours(connection, row["id"])
+    siblings = select_errors(connection, {"issue": row["issue_id"]}, 11) if row["issue_id"] else []
+    chain = found["exceptions"][::-1]  # the one that gave the title first, then what caused it
+    if found["stacktrace"] and not any(exception["frames"] for exception in chain):
+        chain = [{**(chain[0] if chain else {}), "frames": found["stacktrace"]}, *chain[1:]]
+    return {
+        "error": summary(row) | {key: found[key] for key in ("tags", "actor", "request", "breadcrumbs")},
+        "chain": chain,
+        "marked": any(frame["in_app"] for exception in chain for frame in exception["frames"]),
+        "newer": newer,
+        "older": older,
+        "siblings": [summary(other) for other in siblings if other["id"] != row["id"]],
+    }
+
+
 @web.get("/errors")
 def list_errors():
     """List errors: a page of summaries or, as NDJSON, all of them in full."""
     form = choose_form("json", "html", "text", "ndjson")
     query = read_query(*FILTERS, "limit", "before", "after", "format", "refresh")
+    limit, refresh = read_number(query, "limit", 1, 1000), read_number(query, "refresh", 5, 3600)
     connection, filters = collector().database.connection(), read_filters(query)
-    filters, limit, oldest_first = narrow(connection, filters), read_number(query, "limit", 1, 1000), "after" in filters
+    filters, oldest_first = narrow(connection, filters), "after" in filters
     if form == "ndjson":
-        state = [now()] if "since" in filters or "until" in filters else [oldest_id(connection), newest_id(connection)]
-        return answer(form, state, lambda: export(filters, limit))
+        # What is in a period changes by the clock alone.
+        state = [now()] if "since" in filters or "until" in filters else select_extent(connection)
+        return answer(form, state, lambda: export(collector(), filters, limit))
     limit = limit or (50 if form == "html" else 100)
     rows = select_errors(connection, filters, limit + 1, oldest_first)
     rows, more = rows[:limit], len(rows) > limit
@@ -1277,11 +1255,12 @@ def list_errors():
     renders = {
         "json": lambda: as_json([summary(row) for row in rows]),
         "text": lambda: errors_text(rows, next_page),
-        "html": lambda: render_template("list.html", **list_page(connection, query, filters, rows, more)),
+        "html": lambda: render_template(
+            "list.html", refresh=refresh, **list_page(connection, query, filters, rows, more)
+        ),
     }
-    state = [[row["id"] for row in rows], rows[0]["received_at"] if rows else None, more]
-    state += [newest_id(connection), minute()] if form == "html" else []
-    return answer(form, state, renders[form], f'<{next_page}>; rel="next"' if more else "")
+    state = [[[row["id"], row["received_at"]] for row in rows], more, *(moving(connection) if form == "html" else [])]
+    return answer(form, state, renders[form], more and f'<{next_page}>; rel="next"')
 
 
 def page_url(query, **changes):
@@ -1291,57 +1270,52 @@ def page_url(query, **changes):
 
 def list_page(connection, query, filters, rows, more):
     """Return what the page of a list shows; its chart and counts are of the newest 10,000 errors that match."""
-    oldest_first = "after" in filters
+    oldest_first, query_ = "after" in filters, {key: query[key] for key in query if key not in ("before", "after")}
     rows = rows[::-1] if oldest_first else rows
-    wide = {name: value for name, value in filters.items() if name not in ("before", "after")}
+    wide = {key: value for key, value in filters.items() if key not in ("before", "after")}
     seen = select_errors(connection, wide, 10_000, columns=("received_at", "project_slug", "level"))
-    turn = {"before": None, "after": None}
-    newer = (
-        page_url(query, **turn | {"after": rows[0]["id"]})
-        if rows and (more if oldest_first else "before" in filters)
-        else None
-    )
-    older = page_url(query, **turn | {"before": rows[-1]["id"]}) if rows and (more or oldest_first) else None
-    facets = {
-        name: [(value, count, page_url(query, **turn | {name: value})) for value, count in counts.most_common(8)]
-        for name, column in (("project", "project_slug"), ("level", "level"))
-        for counts in [Counter(row[column] for row in seen if row[column])]
-    }
+    has_newer, has_older = (more, True) if oldest_first else ("before" in filters, more)
+    counts = {name: Counter(row[FACETS[name]] for row in seen if row[FACETS[name]]) for name in ("project", "level")}
     return {
-        "errors": [summary(row) for row in rows], "query": query, "newer": newer, "older": older, "facets": facets,
-        "chart": chart([row["received_at"] for row in seen]), "seen": len(seen), "filtered": bool(filters),
-        "refresh": query.get("refresh"), "page_url": page_url,
-    }  # fmt: skip
+        "errors": [summary(row) for row in rows],
+        "query": query,
+        "filtered": bool(wide),
+        "newer": page_url(query_, after=rows[0]["id"]) if rows and has_newer else None,
+        "older": page_url(query_, before=rows[-1]["id"]) if rows and has_older else None,
+        "chart": chart([row["received_at"] for row in seen]),
+        "seen": len(seen),
+        "facets": {
+            name: [(value, count, page_url(query_, **{name: value})) for value, count in found.most_common(8)]
+            for name, found in counts.items()
+        },
+        "page_url": page_url,
+    }
 
 
-def export(filters, limit):
+def export(shared, filters, limit):
     """Yield errors in full, a line each, in reads so short that they stand in nobody's way."""
-    shared, oldest_first = collector(), "after" in filters
-    left = limit or 2**63 - 1
-    while left:
+    oldest_first, left = "after" in filters, limit or 2**63 - 1
+    while left > 0:
         connection = shared.database.connection()
         rows = select_errors(connection, filters, min(left, 100), oldest_first)
         for row in rows:
             body = select_body(connection, row["id"])
-            if body is not None:  # not deleted meanwhile
+            if body is not None:  # deleted meanwhile
                 yield as_json(detail(row, body))
-        if len(rows) < min(left, 100):
-            return
-        left -= len(rows)
-        filters = filters | {"after" if oldest_first else "before": rows[-1]["id"]}
+        left = left - len(rows) if len(rows) == 100 else 0
+        filters = filters | ({"after" if oldest_first else "before": rows[-1]["id"]} if rows else {})
         shared.keep_alive()
 
 
 def describe_state():
-    """Return what the database and the spool hold; a database that cannot be read is described as that."""
+    """Return what the database and the spool hold; of a database that cannot be read, why."""
     shared = collector()
-    state = {"counts": {"errors": None, "spooled": len(shared.spool.waiting())}, "newest": None, "deliveries": []}
-    state |= {"last_delivery_at": None, "problem": None}
+    state = {"counts": {"errors": None, "spooled": len(shared.spool.waiting())}}
+    state |= {"newest": None, "last_delivery_at": None, "deliveries": [], "problem": None}
     try:
         connection = shared.database.connection()
         state["counts"]["errors"] = count_errors(connection)
-        newest = select_errors(connection, {}, 1)
-        state["newest"] = summary(newest[0]) if newest else None
+        state["newest"] = next(map(summary, select_errors(connection, {}, 1)), None)
         state["deliveries"] = select_deliveries(connection)
         state["last_delivery_at"] = max((row["last_at"] for row in state["deliveries"]), default=None)
     except (sqlite3.Error, OSError) as error:
@@ -1350,60 +1324,49 @@ def describe_state():
     return state
 
 
-ENDPOINTS = {
-    "POST /sentry/webhook": "where Sentry delivers",
-    "GET /errors/latest": "the newest error, in full; filters as /errors",
-    "GET /errors/<id>": "one error, in full",
-    "GET /errors/<id>/payload": "the delivery as it was received, byte for byte",
-    "GET /errors": f"summaries, newest first; {', '.join(FILTERS)}, limit, before, after; format=json|html|text|ndjson",
-    "GET /": "this overview",
-    "GET /config": "the configuration, without secrets",
-    "GET /health": "200 if a row can be committed, else 503",
+def describe_config():
+    """Return the settings without secrets, and what was found out about the machine."""
+    shared = collector()
+    secret, plain_ = ("SENTRY_DSN", "SENTRY_CLIENT_SECRET", "API_TOKEN"), dict(shared.settings)
+    is_set = {f"{name.lower()}_set": bool(plain_.pop(name)) for name in secret}
+    found = {"database_path": str(plain_.pop("DATABASE_URL")), "journal_mode": shared.database.journal_mode}
+    found |= {"sqlite_version": sqlite3.sqlite_version, "version": VERSION}
+    return is_set | {name.lower(): value for name, value in plain_.items()} | found
+
+
+ABOUT = {
+    "name": "Sentry Error Collector",
+    "version": VERSION,
+    "description": "Receives Sentry's webhooks, keeps every new error, and gives the latest one back.",
+    "endpoints": {
+        "POST /sentry/webhook": "where Sentry delivers",
+        "GET /errors/latest": f"the newest error, in full; {', '.join(FILTERS)}; format=json|html|text",
+        "GET /errors/<id>": "one error, in full; format=json|html|text",
+        "GET /errors/<id>/payload": "the delivery as it was received, byte for byte",
+        "GET /errors": "summaries, newest first; filters as above, limit, before, after; format= also ndjson, in full",
+        "GET /": "this overview",
+        "GET /config": "the configuration, without secrets",
+        "GET /health": "200 if a row can be committed, else 503",
+    },
 }
+STEPS = (
+    "In Sentry: Settings > Developer Settings > Create New Integration > Internal Integration; this URL as Webhook URL; "
+    "permission Issue & Event: Read; webhooks: error (Business plan and above) or issue. For stack traces on every plan: "
+    "Alert Rule Action on, the integration as an action of an alert rule, and SENTRY_ACTIONS=created,triggered here. "
+    "Then its Client Secret as SENTRY_CLIENT_SECRET here."
+)
 
 
 @web.get("/")
 def show_overview():
     """Show what this service is and what it holds."""
     form, state = choose_form("json", "html"), describe_state()
-    about = {
-        "name": "Sentry Error Collector",
-        "version": VERSION,
-        "description": "Receives Sentry's webhooks, keeps every new error, and gives the latest one back.",
-        "endpoints": ENDPOINTS,
-        **state,
-        "connect": {
-            "webhook_url": url_for("web.receive_webhook", _external=True),
-            "steps": "In Sentry: Settings, Developer Settings, Create New Integration, Internal Integration; this URL as "
-            "Webhook URL; Issue & Event: Read; tick error (Business plan) or issue; for stack traces on every plan "
-            "tick Alert Rule Action, add the integration to an alert rule and set SENTRY_ACTIONS=created,triggered.",
-        },
-    }
+    about = ABOUT | state
+    about |= {"connect": {"webhook_url": url_for("web.receive_webhook", _external=True), "steps": STEPS}}
     if form == "html":
-        page = about | {"config": describe_config()}
-        return answer(form, [state, minute()], lambda: render_template("overview.html", **page))
+        page = {**about, "config": describe_config()}
+        return answer(form, [state, int(time.time() // 60)], lambda: render_template("overview.html", **page))
     return answer(form, [about], lambda: as_json(about))
-
-
-def describe_config():
-    """Return the settings without secrets, and what was found out about the machine."""
-    shared = collector()
-    settings = shared.settings
-    secrets = {
-        f"{name.lower()}_set": bool(settings[name]) for name in ("SENTRY_DSN", "SENTRY_CLIENT_SECRET", "API_TOKEN")
-    }
-    return {
-        **secrets,
-        "sentry_actions": settings["SENTRY_ACTIONS"],
-        "retention_days": settings["RETENTION_DAYS"],
-        "max_body_bytes": settings["MAX_BODY_BYTES"],
-        "web_concurrency": settings["WEB_CONCURRENCY"],
-        "port": settings["PORT"],
-        "database_path": str(shared.database.path),
-        "journal_mode": shared.database.journal_mode,
-        "sqlite_version": sqlite3.sqlite_version,
-        "version": VERSION,
-    }
 
 
 @web.get("/config")
@@ -1411,21 +1374,18 @@ def show_config():
     """Show the configuration, no secret in it, and how deliveries fare."""
     state = describe_state()
     fare = {name: state[name] for name in ("last_delivery_at", "deliveries", "problem")}
-    config = describe_config() | {"spooled": state["counts"]["spooled"], **fare}
+    config = describe_config() | {"spooled": state["counts"]["spooled"]} | fare
     return answer("json", [config], lambda: as_json(config))
 
 
 @web.get("/health")
 def show_health():
-    """Say whether an error that arrives now would be stored."""
+    """Say whether an error that comes in now would be committed."""
     try:
         check_writable(collector().database)
     except (sqlite3.Error, OSError) as error:
         waiting = len(collector().spool.waiting())
-        abort(
-            503,
-            f"The database cannot be written ({error}); {waiting} deliveries wait in the spool. Free its disk or lock.",
-        )
+        abort(503, f"The database cannot be written: {error}; free its lock or disk. {waiting} deliveries are spooled.")
     response = Response(as_json({"status": "ok"}), mimetype=FORMS["json"])
     response.call_on_close(collector().keep_house)
     return response
@@ -1434,88 +1394,63 @@ def show_health():
 def reply_with_error(status, words, headers=()):
     """Reply with the one error shape, or with a page of the same words to browsers."""
     types = [FORMS["json"], FORMS["html"]]
-    if request.accept_mimetypes.best_match(types, types[0]) == FORMS["html"] and request.args.get("format") != "json":
-        return Response(
-            render_template("error.html", status=status, words=words), status, headers, mimetype=FORMS["html"]
-        )
-    # At most 1,024 bytes: so much of a refusal Sentry keeps for the integration's owner to read.
-    return Response(
-        as_json({"error": ascii(cut(words, 900))[1:-1] if not words.isascii() else cut(words, 900)}), status, headers
-    )
-
-
-WORDS = {  # where Werkzeug's own do not say what to do
-    404: "There is no such page; / lists those there are.",
-    405: "This page does not take {method}; see the Allow header.",
-}
+    headers = [*headers, *([("Retry-After", "5")] if status == 503 else [])]
+    if request.args.get("format", "html") == "html" and request.accept_mimetypes.best_match(types) == FORMS["html"]:
+        page = render_template("error.html", status=status, words=words)
+        return Response(page, status, headers, mimetype=FORMS["html"])
+    # In ASCII it is at most 1,024 bytes, what Sentry keeps of a refusal for the integration's owner.
+    words = cut(words.encode("ascii", "replace").decode(), 900)
+    return Response(as_json({"error": words}), status, headers, mimetype=FORMS["json"])
 
 
 def handle_http_error(error):
     """Reply to what a route aborted with, or Flask itself."""
-    if error.response is not None or error.code is None or error.code < 400:
+    if (error.code or 0) < 400:
         return error
-    words = error.description if not hasattr(error, "valid_methods") else WORDS[405].format(method=request.method)
-    if error.code == 404 and words == type(error).description:
-        words = WORDS[404]
+    own = error.description != type(error).description
+    words = error.description if own else f"{error.name} for {request.method} of this page; / lists what there is."
     headers = [item for item in error.get_headers() if item[0] == "Allow"]
-    headers += (
-        [("WWW-Authenticate", 'Basic realm="Sentry Error Collector", charset="UTF-8"')] if error.code == 401 else []
-    )
-    headers += [("Retry-After", "5")] if error.code == 503 else []
-    return reply_with_error(error.code, words, headers)
+    challenge = [("WWW-Authenticate", 'Basic realm="Sentry Error Collector", charset="UTF-8"')]
+    return reply_with_error(error.code, words, headers + (challenge if error.code == 401 else []))
 
 
 def handle_refusal(refused):
     """Reply to a delivery that is not taken."""
-    return reply_with_error(refused.status, refused.words, [("Retry-After", "5")] if refused.status == 503 else [])
+    return reply_with_error(refused.status, refused.words)
 
 
-def handle_database_error(error):
+def handle_failure(error):
     """Reply to a read that the database, its disk or the memory failed."""
-    log.error("cannot read: %s: %s", type(error).__name__, error)
+    collector().note("cannot read", error)
     collector().database.close()
-    collector().report(error)
-    return reply_with_error(503, f"The database cannot be read ({error}); try again.", [("Retry-After", "5")])
+    return reply_with_error(503, f"The database cannot be read: {error}; try again.")
 
 
 def handle_fault(error):
     """Reply to a fault of our own."""
-    log.exception("fault in %s %s", request.method, HIDDEN.sub("?", request.path)[:100], exc_info=error)
+    log.error("fault in %s %s", request.method, HIDDEN.sub("?", request.path)[:100], exc_info=error)
     collector().report(error)
     return reply_with_error(500, "A fault of the collector's own; its log says more.")
 
 
-SECURITY_HEADERS = {
-    "X-Content-Type-Options": "nosniff",
-    "Referrer-Policy": "no-referrer",
-    "Cache-Control": "private, no-cache",
-    "Vary": "Accept, Authorization",
-}
-
-
 def add_headers(response):
-    """Add what keeps a hostile text harmless in a browser, and replies out of shared caches."""
-    response.headers.update(SECURITY_HEADERS)
-    response.headers["Content-Security-Policy"] = current_app.config["CONTENT_SECURITY_POLICY"]
+    """Add what keeps hostile text harmless in a browser, and replies out of shared caches."""
+    response.headers.update(current_app.config["HEADERS"])
     return response
 
 
 @web.cli.command("backup")
-@click.argument("file", type=click.Path(dir_okay=False, path_type=Path))
+@click.argument("file", type=click.Path(exists=False, dir_okay=False, path_type=Path))
 def backup_command(file):
     """Copy the database to a new FILE while the service runs."""
     if file.exists():
         raise click.ClickException(f"{file} exists; name a new file.")
-
-    def report(left, pages):
-        click.echo(f"\r{100 * (pages - left) // max(pages, 1):3} % of {pages} pages", nl=False, err=True)
-
     try:
-        backup(collector().database.path, file, report)
+        backup(collector().database.path, file, lambda share: click.echo(f"\r{share:4.0%}", nl=False, err=True))
+        with closing(sqlite3.connect(file)) as copy:
+            click.echo(f"\r{file}: {count_errors(copy)} errors, {file.stat().st_size} bytes", err=True)
     except (sqlite3.Error, OSError) as error:
         raise click.ClickException(f"cannot copy to {file}: {error}") from None
-    with closing(sqlite3.connect(file)) as copy:
-        click.echo(f"\n{file}: {count_errors(copy)} errors, {file.stat().st_size} bytes", err=True)
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -1533,7 +1468,11 @@ DEFAULTS = {
     "WEB_CONCURRENCY": "2",
     "PORT": "8000",
 }
-STAMP = [VERSION, Path(__file__).stat().st_mtime_ns]
+STAMP = [VERSION, Path(__file__).stat().st_mtime_ns]  # other code makes other replies
+CONTENT_SECURITY_POLICY = (
+    "default-src 'none'; style-src 'sha256-{}'; img-src data:; form-action 'self'; base-uri 'none'; "
+    "frame-ancestors 'none'"
+)
 
 
 def fail(name, fault, example):
@@ -1542,6 +1481,7 @@ def fail(name, fault, example):
 
 
 def whole_number(settings, name, least, most):
+    """Return a setting as a number; end the start if it is none or out of bounds."""
     value = settings[name].strip()
     if not re.fullmatch(r"[0-9]{1,12}", value) or not least <= int(value) <= most:
         fail(name, f"{ascii(value[:40])} is no whole number from {least} to {most}", DEFAULTS[name] or 30)
@@ -1549,7 +1489,7 @@ def whole_number(settings, name, least, most):
 
 
 def database_path(url):
-    """Return the path in a DATABASE_URL."""
+    """Return the path in a DATABASE_URL; end the start if there is none."""
     found = re.fullmatch(r"sqlite(?:\+aiosqlite)?:///([^?#]+)", url.strip())
     if not found or found[1] == ":memory:":
         scheme = ascii(url.split(":")[0][:40])  # the rest of a foreign URL may hold a password
@@ -1565,14 +1505,14 @@ def read_settings(config=None):
     settings = dict(DEFAULTS)
     for source in (dotenv_values(".env"), os.environ, config or {}):
         settings |= {name: str(source[name]) for name in DEFAULTS if str(source.get(name) or "").strip()}
-    actions = tuple(dict.fromkeys(filter(None, re.split(r"\s*,\s*", settings["SENTRY_ACTIONS"].strip()))))
-    if not all(re.fullmatch(r"[a-z_]+", action) for action in actions) or not actions:
+    actions = [action for action in re.split(r"\s*,\s*", settings["SENTRY_ACTIONS"].strip()) if action]
+    if not actions or not all(re.fullmatch(r"[a-z_]+", action) for action in actions):
         fail("SENTRY_ACTIONS", "it must be actions of Sentry's, separated by commas", "created,triggered")
     return {
         "DATABASE_URL": database_path(settings["DATABASE_URL"]),
         "SENTRY_DSN": settings["SENTRY_DSN"].strip(),
-        # Not stripped at its ends: what the operator typed is the secret, and a refusal says what may be wrong with it.
-        "SENTRY_CLIENT_SECRET": tuple(filter(None, re.split(r"\s*,\s*", settings["SENTRY_CLIENT_SECRET"]))),
+        # Its ends are not stripped: what was typed is the secret, and a refusal says what may be wrong with it.
+        "SENTRY_CLIENT_SECRET": [part for part in re.split(r"\s*,\s*", settings["SENTRY_CLIENT_SECRET"]) if part],
         "SENTRY_ACTIONS": actions,
         "API_TOKEN": settings["API_TOKEN"].strip(),
         "RETENTION_DAYS": whole_number(settings, "RETENTION_DAYS", 1, 36500) if settings["RETENTION_DAYS"] else None,
@@ -1583,94 +1523,81 @@ def read_settings(config=None):
 
 
 def check_folder(path):
-    """Make the folders of the database and the spool; end the start with one line if they cannot be written."""
+    """Make the folders of the database and the spool; end the start if they cannot be written."""
+    folder = path.parent
     try:
-        (path.parent / "spool").mkdir(parents=True, exist_ok=True)
-        for probe in (path.parent / f".probe-{os.getpid()}", path.parent / "spool" / f".probe-{os.getpid()}"):
+        (folder / "spool").mkdir(parents=True, exist_ok=True)
+        for probe in (folder / f".probe-{os.getpid()}", folder / "spool" / f".probe-{os.getpid()}"):
             probe.touch()
             probe.unlink()
         if path.is_dir():
             raise IsADirectoryError(f"{path} is a folder")
     except OSError as error:
-        owner = path.parent.stat() if path.parent.exists() else None
-        whose = f" (owned by uid {owner.st_uid}, this is uid {os.getuid()})" if owner else ""
-        mend = "make the folder writable, as with chown, or name another"
-        fail(
-            "DATABASE_URL",
-            f"cannot write in {path.parent}{whose}: {error.strerror or error}; {mend}",
-            DEFAULTS["DATABASE_URL"],
-        )
+        whose = f" owned by uid {folder.stat().st_uid}, this is uid {os.getuid()}" if folder.exists() else ""
+        fault = f"cannot write in {folder}{whose} ({error.strerror or error}); chown it, or name another"
+        fail("DATABASE_URL", fault, DEFAULTS["DATABASE_URL"])
 
 
 def start_reports(dsn):
     """Return a function that reports an exception to Sentry, once a minute at most."""
-    import sentry_sdk  # here, because it costs every worker 10 MB and most run without
+    import sentry_sdk  # here, because it costs a worker 10 MB and most run without
 
-    last = [-math.inf]
+    kept, last = ("event_id", "timestamp", "platform", "level", "exception", "release"), [-math.inf]
 
     def scrub(event, hint):
         # Neither a webhook's content nor a secret may leave: of an exception only what SQLite or the system say of it.
         for value in event.get("exception", {}).get("values", ()):
-            if not isinstance(hint["exc_info"][1], sqlite3.Error | OSError):
-                value["value"] = ""
-        return {
-            key: event[key]
-            for key in ("event_id", "timestamp", "platform", "level", "exception", "release")
-            if key in event
-        }
-
-    try:
-        sentry_sdk.init(
-            dsn, release=VERSION, default_integrations=False, auto_enabling_integrations=False, before_send=scrub,
-            include_local_variables=False, include_source_context=False, max_breadcrumbs=0, send_client_reports=False,
-        )  # fmt: skip
-    except sentry_sdk.utils.BadDsn:
-        fail("SENTRY_DSN", "it is no DSN of Sentry's", "https://key@o0.ingest.sentry.io/0")
+            value["value"] = value["value"] if isinstance(hint["exc_info"][1], sqlite3.Error | OSError) else ""
+        return {key: event[key] for key in kept if key in event}
 
     def report(error):
-        # A report may come back as a webhook, which may fail again.
-        if time.monotonic() - last[0] > 60:
+        if time.monotonic() - last[0] > 60:  # a report may come back as a webhook, which may fail again
             last[0] = time.monotonic()
             sentry_sdk.capture_exception(error)
 
+    options = {"default_integrations": False, "auto_enabling_integrations": False, "send_client_reports": False}
+    options |= {"include_local_variables": False, "include_source_context": False, "max_breadcrumbs": 0}
+    try:
+        sentry_sdk.init(dsn, release=VERSION, before_send=scrub, **options)
+    except sentry_sdk.utils.BadDsn:
+        fail("SENTRY_DSN", "it is no DSN of Sentry's", "https://key@o0.ingest.sentry.io/0")
     return report
 
 
 def start_log():
-    """Write the log to standard error, as gunicorn does and in its form."""
+    """Write the log to standard error, in the form of gunicorn's."""
     if not log.handlers:
-        handler = logging.StreamHandler()
-        handler.setFormatter(
-            logging.Formatter("[%(asctime)s] [%(process)d] [%(levelname)s] %(message)s", "%Y-%m-%d %H:%M:%S %z")
-        )
-        log.addHandler(handler)
+        form = logging.Formatter("[%(asctime)s] [%(process)d] [%(levelname)s] %(message)s", "%Y-%m-%d %H:%M:%S %z")
+        log.addHandler(logging.StreamHandler())
+        log.handlers[0].setFormatter(form)
         log.setLevel(logging.INFO)
         log.propagate = False
 
 
 def describe_start(shared):
     """Return what is on and what is off, in one line."""
-    settings, mode = shared.settings, shared.database.journal_mode
-    words = [
-        f"collector {VERSION}",
-        "signature check " + ("on" if settings["SENTRY_CLIENT_SECRET"] else "OFF: anybody can post"),
-    ]
-    words += ["read token " + ("on" if settings["API_TOKEN"] else "OFF: anybody can read")]
-    words += [
-        "Sentry reports " + ("on" if settings["SENTRY_DSN"] else "off"),
-        "actions " + ",".join(settings["SENTRY_ACTIONS"]),
-    ]
-    words += [
-        f"journal mode {mode}",
-        f"retention {settings['RETENTION_DAYS'] or 'all'} days".replace("all days", "off"),
-    ]
-    spaced = any(secret != secret.strip() for secret in settings["SENTRY_CLIENT_SECRET"])
-    words += ["SENTRY_CLIENT_SECRET has white space around it" if spaced else f"database {shared.database.path}"]
-    return "; ".join(words)
+    settings = shared.settings
+    secrets, days = settings["SENTRY_CLIENT_SECRET"], settings["RETENTION_DAYS"]
+    return "; ".join(
+        (
+            f"collector {VERSION}",
+            "signature check " + ("on" if secrets else "OFF, anybody can post"),
+            "read token " + ("on" if settings["API_TOKEN"] else "OFF, anybody can read"),
+            "Sentry reports " + ("on" if settings["SENTRY_DSN"] else "off"),
+            "actions " + ",".join(settings["SENTRY_ACTIONS"]),
+            f"journal mode {shared.database.journal_mode}",
+            f"retention {f'{days} days' if days else 'off'}",
+            *(
+                ["SENTRY_CLIENT_SECRET has white space at its ends"]
+                if secrets != [item.strip() for item in secrets]
+                else []
+            ),
+        )
+    )
 
 
 def create_app(config=None):
-    """Return the app, its settings from `config` or else the environment (see read_settings), its database made."""
+    """Return the app, its settings from `config` or the environment (see read_settings), its database made."""
     start_log()
     settings = read_settings(config)
     check_folder(settings["DATABASE_URL"])
@@ -1679,20 +1606,23 @@ def create_app(config=None):
     shared = app.extensions["collector"] = Collector(settings)
     if settings["SENTRY_DSN"]:
         shared.report = start_reports(settings["SENTRY_DSN"])
-    style = (Path(app.root_path) / app.template_folder / "style.css").read_text(encoding="utf-8")
+    style = Path(app.root_path, "templates", "style.css").read_text(encoding="utf-8")
     digest = base64.b64encode(hashlib.sha256(style.encode()).digest()).decode()
-    app.config["CONTENT_SECURITY_POLICY"] = (
-        f"default-src 'none'; style-src 'sha256-{digest}'; img-src data:; form-action 'self'; base-uri 'none'; "
-        "frame-ancestors 'none'"
-    )
+    app.config["HEADERS"] = {
+        "Content-Security-Policy": CONTENT_SECURITY_POLICY.format(digest),
+        "X-Content-Type-Options": "nosniff",
+        "Referrer-Policy": "no-referrer",
+        "Cache-Control": "private, no-cache",
+        "Vary": "Accept, Authorization",
+    }
     app.jinja_env.globals.update(style=Markup(style), version=VERSION)
-    app.jinja_env.filters.update(PAGE_FILTERS)
+    app.jinja_env.filters.update({function.__name__: function for function in PAGE_FILTERS})
     app.register_blueprint(web)
     app.after_request(add_headers)
     app.register_error_handler(HTTPException, handle_http_error)
     app.register_error_handler(Refused, handle_refusal)
     for kind in (sqlite3.Error, OSError, MemoryError):
-        app.register_error_handler(kind, handle_database_error)
+        app.register_error_handler(kind, handle_failure)
     app.register_error_handler(Exception, handle_fault)
     logging.getLogger("collector.start").info(describe_start(shared))
     try:

@@ -1,5 +1,6 @@
 """Settings of gunicorn: `gunicorn` alone, in this folder, starts the service."""
 
+import contextlib
 import fcntl
 import logging
 import select
@@ -50,10 +51,8 @@ class Worker(SyncWorker):
 
     def cut_off(self, sig, frame):
         """End the reading first, which harms no request that is here; the second time end the connection."""
-        try:
+        with contextlib.suppress(OSError):
             self.client.shutdown(self.cut)
-        except OSError:
-            pass
         self.cut = socket.SHUT_RDWR
 
     def handle(self, listener, client, addr):
@@ -86,11 +85,9 @@ class Worker(SyncWorker):
         until = time.monotonic() + SLOT_SECONDS
         while workers > 1:
             for slot in range(workers - 1):
-                try:
+                with contextlib.suppress(OSError):
                     fcntl.lockf(SLOTS, fcntl.LOCK_EX | fcntl.LOCK_NB, 1, slot)
                     return True
-                except OSError:
-                    pass
             if time.monotonic() > until:
                 return False
             time.sleep(0.002)

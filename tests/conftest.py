@@ -1,5 +1,6 @@
 """Fixtures: an app on a database of its own, signed deliveries, and a real gunicorn."""
 
+import contextlib
 import hashlib
 import hmac
 import http.client
@@ -163,15 +164,11 @@ class Server:
         """Stop the server if it runs; kill what is left."""
         if self.process and self.process.poll() is None:
             self.process.terminate()
-            try:
+            with contextlib.suppress(subprocess.TimeoutExpired):
                 self.process.wait(10)
-            except subprocess.TimeoutExpired:
-                pass
         if self.process:
-            try:
+            with contextlib.suppress(ProcessLookupError):
                 os.killpg(self.process.pid, signal.SIGKILL)
-            except ProcessLookupError:
-                pass
             self.process.wait()
 
 
