@@ -915,8 +915,8 @@ web = Blueprint("web", __name__, cli_group=None)
 FORMS = {"json": "application/json", "html": "text/html", "text": "text/plain", "ndjson": "application/x-ndjson"}
 FILTERS = (*FACETS, "since", "until", "q")
 MISSING = (
-    "The Sentry-Hook-Signature header is missing: send through an internal integration, which signs. The legacy WebHooks "
-    "plugin cannot; it needs SENTRY_CLIENT_SECRET unset."
+    "The Sentry-Hook-Signature header is missing: send through an internal integration, which signs. "
+    "The legacy WebHooks plugin cannot; it needs SENTRY_CLIENT_SECRET unset."
 )
 HIDDEN = re.compile(r"[^\w.:-]", re.ASCII)  # in a log line, whatever could end it or pass for another
 
@@ -1011,21 +1011,15 @@ def check_signature(body, signature, secrets):
     if len(given) != 64:
         reason, words = (
             "signature length",
-            f"it has {len(given)} characters, HMAC-SHA256 in hex has 64; let Sentry sign.",
+            f"it has {len(given)} characters, HMAC-SHA256 in hex has 64; let Sentry sign",
         )
     elif is_signed(body, given, [secret.strip() for secret in secrets]):
-        reason, words = "white space in secret", "remove the white space around SENTRY_CLIENT_SECRET."
+        reason, words = "white space in secret", "remove the white space around SENTRY_CLIENT_SECRET"
     elif is_signed(as_sentry_writes(body), given, secrets):
-        reason, words = (
-            "body rewritten",
-            "the JSON is right, its bytes are not; make the proxy in between leave them alone.",
-        )
+        reason, words = "body rewritten", "a proxy in between rewrote the body; make it pass the bytes on as they are"
     else:
-        reason, words = (
-            "signature wrong",
-            "set SENTRY_CLIENT_SECRET to the integration's Client Secret (no token, no DSN).",
-        )
-    raise Refused(401, reason, f"The Sentry-Hook-Signature is wrong: {words}")
+        reason, words = "signature wrong", "set SENTRY_CLIENT_SECRET to the Client Secret of the integration that sends"
+    raise Refused(401, reason, f"The Sentry-Hook-Signature is wrong: {words}.")
 
 
 def as_sentry_writes(body):
@@ -1350,9 +1344,9 @@ ABOUT = {
     },
 }
 STEPS = (
-    "In Sentry: Settings > Developer Settings > Create New Integration > Internal Integration; this URL as Webhook URL; "
-    "permission Issue & Event: Read; webhooks: error (Business plan and above) or issue. For stack traces on every plan: "
-    "Alert Rule Action on, the integration as an action of an alert rule, and SENTRY_ACTIONS=created,triggered here. "
+    "In Sentry: Settings > Developer Settings > Create New Integration > Internal Integration; this as Webhook URL; "
+    "permission Issue & Event: Read; webhooks: error (Business plan and above) or issue. For stack traces on every "
+    "plan: Alert Rule Action on, the integration as an action of an alert rule, SENTRY_ACTIONS=created,triggered here. "
     "Then its Client Secret as SENTRY_CLIENT_SECRET here."
 )
 
