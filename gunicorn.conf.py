@@ -19,6 +19,7 @@ REPLY_SECONDS = 5  # more for the reply to be taken, or its next part
 SLOT_SECONDS = 0.5  # for another reader to end
 
 settings = collector.read_settings()
+collector.check_folder(settings["DATABASE_URL"])
 bind = f"0.0.0.0:{settings['PORT']}"
 workers = settings["WEB_CONCURRENCY"]
 wsgi_app = "collector:create_app()"
