@@ -375,6 +375,14 @@ def is_busy(error):
     return isinstance(error, BlockingIOError) or code in (sqlite3.SQLITE_BUSY, sqlite3.SQLITE_LOCKED)
 
 
+def identity(path):
+    """Return what tells a file from another that took its place, None if there is none."""
+    with suppress(FileNotFoundError):
+        stat = os.stat(path)
+        return stat.st_dev, stat.st_ino
+    return None
+
+
 class Database:
     """One SQLite file as several processes share it: each keeps a connection, and writers take turns."""
 
@@ -394,16 +402,9 @@ class Database:
                     raise
             time.sleep(0.0005)
 
-    def identity(self):
-        """Return what a kept connection must match: a restored or deleted database is another file at the same path."""
-        with suppress(FileNotFoundError):
-            stat = os.stat(self.path)
-            return stat.st_dev, stat.st_ino
-        return None
-
     def connection(self):
         """Return the kept connection to read with; it is opened on first use, and so after the fork."""
-        if getattr(self.kept, "connection", None) is None or self.kept.identity != self.identity():
+        if getattr(self.kept, "connection", None) is None or self.kept.identity != identity(self.path):
             with self.locked(time.monotonic() + WAIT_SECONDS):
                 pass
         return self.kept.connection
@@ -411,7 +412,7 @@ class Database:
     @contextmanager
     def locked(self, deadline):
         """Hold the lock that all writers take, with a kept connection to the database as it is now."""
-        if getattr(self.kept, "connection", None) is not None and self.kept.identity != self.identity():
+        if getattr(self.kept, "connection", None) is not None and self.kept.identity != identity(self.path):
             self.close()
         if getattr(self.kept, "lock", None) is None:
             # A file of its own: to close any other descriptor of the database drops SQLite's locks on it.
@@ -421,12 +422,21 @@ class Database:
         lock = self.kept.lock
         try:
             if getattr(self.kept, "connection", None) is None:
+                self.discard_foreign_wal()
                 self.kept.connection = self.patiently(self.open, deadline)
-                self.kept.identity = self.identity()
+                self.kept.identity, self.kept.wal = identity(self.path), identity(f"{self.path}-wal")
             yield self.kept.connection
         finally:
             if not lock.closed:
                 fcntl.flock(lock, fcntl.LOCK_UN)
+
+    def discard_foreign_wal(self):
+        """Remove the WAL of a database that was replaced while it was open: the new one would take it for its own."""
+        if getattr(self.kept, "wal", None) and self.kept.identity != identity(self.path):
+            if self.kept.wal == identity(f"{self.path}-wal"):
+                for suffix in ("-wal", "-shm"):
+                    Path(f"{self.path}{suffix}").unlink(missing_ok=True)
+            self.kept.wal = None
 
     def open(self):
         """Return a connection to the database, its schema applied; the caller holds the lock."""
@@ -1288,17 +1298,21 @@ def list_page(connection, query, filters, rows, more):
 
 def export(shared, filters, limit):
     """Yield errors in full, a line each, in reads so short that they stand in nobody's way."""
-    oldest_first, left = "after" in filters, limit or 2**63 - 1
+    lines, oldest_first, left = [], "after" in filters, limit or 2**63 - 1
     while left > 0:
         connection = shared.database.connection()
         rows = select_errors(connection, filters, min(left, 100), oldest_first)
         for row in rows:
             body = select_body(connection, row["id"])
             if body is not None:  # deleted meanwhile
-                yield as_json(detail(row, body))
+                lines.append(as_json(detail(row, body)))
+            if sum(map(len, lines)) > 65536:
+                yield "".join(lines)
+                lines.clear()
         left = left - len(rows) if len(rows) == 100 else 0
         filters = filters | ({"after" if oldest_first else "before": rows[-1]["id"]} if rows else {})
         shared.keep_alive()
+    yield "".join(lines)
 
 
 def describe_state():

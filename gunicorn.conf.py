@@ -12,9 +12,10 @@ import time
 
 from gunicorn.workers.sync import SyncWorker
 
-import collector
+sys.modules.pop("collector", None)  # a reload takes up new code
+import collector  # noqa: E402
 
-REQUEST_SECONDS = 3  # for a request to arrive whole
+REQUEST_SECONDS = 5  # for a request to arrive whole; Sentry ends its own after that
 REPLY_SECONDS = 5  # more for the reply to be taken, or its next part
 SLOT_SECONDS = 0.5  # for another reader to end
 
@@ -105,11 +106,14 @@ DEFERRED = hasattr(socket, "TCP_DEFER_ACCEPT")
 
 
 def on_starting(server):
-    """Check the settings and make the database once, before there are workers."""
+    """Make the database and log the settings once, before there are workers."""
+    start = logging.getLogger("collector.start")
+    start.disabled = False
     collector.create_app()
-    # The workers import the module anew, so that a reload takes up new code; the start is logged once, here.
-    logging.getLogger("collector.start").disabled = True
-    del sys.modules["collector"]
+    start.disabled = True
+
+
+on_reload = on_starting
 
 
 def when_ready(server):
