@@ -813,7 +813,9 @@ def error_text(row, body, url):
     Only lines of ours start at the margin; the error's own words stand behind a key there, or indented.
     """
     found = parse_detail(json.loads(body))
-    http, crumbs = found["request"] or {}, [{**crumb, "data": plain(crumb["data"])} for crumb in found["breadcrumbs"]]
+    http, crumbs = found["request"] or {}, found["breadcrumbs"][-10:]
+    for crumb in crumbs:
+        crumb["data"] = crumb["data"] and json.dumps(crumb["data"], ensure_ascii=False)
     values = {"error": row["id"]} | {key: row[key] for key in ("title", "level", "culprit", "environment", "release")}
     values |= {
         "project": row["project_slug"] or row["project_name"] or row["project_id"],
@@ -833,7 +835,7 @@ def error_text(row, body, url):
         "exceptions (inner cause first)": list(chain_lines(found["exceptions"])),
         "tags": [flat(f"{key} = {value}", 200) for key, value in found["tags"].items()],
         "request": [flat(joined(http.get("method"), http.get("url")), 500)] if http else [],
-        "breadcrumbs (newest last)": [flat(joined(*(crumb[word] for word in words)), 250) for crumb in crumbs[-10:]],
+        "breadcrumbs (newest last)": [flat(joined(*(crumb[word] for word in words)), 250) for crumb in crumbs],
     }
     return head + fit(sections, TEXT_LENGTH - len(head) - 400 - len(url), url)
 
