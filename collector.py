@@ -344,6 +344,7 @@ COLUMNS = (
 ).split()
 SCHEMA_VERSION = 1  # as schema.sql sets it
 WAIT_SECONDS = 3  # for the database's lock; a delivery that waited in vain is spooled
+READ_SECONDS = 2  # for a read to wait for a writer, which only the rollback journal asks of it
 LOCAL_FILE_SYSTEMS = "bcachefs btrfs ext2 ext3 ext4 f2fs jfs overlay ramfs reiserfs tmpfs xfs zfs".split()
 DELIVERY_DAYS = 90  # that the counts of deliveries are kept
 
@@ -440,7 +441,7 @@ class Database:
 
     def open(self):
         """Return a connection to the database, its schema applied; the caller holds the lock."""
-        connection = sqlite3.connect(self.path, timeout=0.25, isolation_level=None)
+        connection = sqlite3.connect(self.path, timeout=0, isolation_level=None)
         try:
             connection.row_factory = sqlite3.Row
             connection.execute(f"PRAGMA journal_mode = {self.journal_mode}")
@@ -449,6 +450,7 @@ class Database:
             if connection.execute("PRAGMA user_version").fetchone()[0] != SCHEMA_VERSION:
                 schema = Path(__file__).with_name("schema.sql").read_text(encoding="utf-8")
                 connection.executescript(f"BEGIN IMMEDIATE; {schema}; COMMIT")
+            connection.execute(f"PRAGMA busy_timeout = {READ_SECONDS * 1000}")
         except BaseException:
             connection.close()
             raise
@@ -464,13 +466,15 @@ class Database:
         deadline = time.monotonic() + (wait if wait is not None else 0.05 if self.in_trouble else WAIT_SECONDS)
         try:
             with self.locked(deadline) as connection:
-                self.patiently(lambda: connection.execute("BEGIN IMMEDIATE"), deadline)
+                connection.execute("PRAGMA busy_timeout = 0")  # to wait is `patiently`'s
                 try:
+                    self.patiently(lambda: connection.execute("BEGIN IMMEDIATE"), deadline)
                     yield connection
                     self.patiently(lambda: connection.execute("COMMIT"), deadline)
                 finally:
                     if connection.in_transaction:
                         connection.execute("ROLLBACK")
+                    connection.execute(f"PRAGMA busy_timeout = {READ_SECONDS * 1000}")
             self.in_trouble = False
         except (sqlite3.Error, OSError) as error:
             self.in_trouble = self.in_trouble or wait is None
