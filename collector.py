@@ -14,6 +14,7 @@ import threading
 import time
 import zlib
 from collections import Counter
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing, contextmanager, suppress
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
@@ -65,6 +66,15 @@ def parse_body(body):
         words = "The JSON has neither an 'action' nor a legacy 'event'; point only Sentry's webhooks here."
         raise Refused(400, "no delivery", words)
     return payload
+
+
+def load(body):
+    """Return the JSON of a stored body, which parse_body has taken."""
+    try:
+        return json.loads(body)
+    except RecursionError:  # nested as deeply as could be taken with a shorter stack than this
+        with ThreadPoolExecutor(1) as fresh:
+            return fresh.submit(json.loads, body).result()
 
 
 def clean(value):
@@ -361,12 +371,13 @@ def now(days_ago=0):
 
 def choose_journal_mode(folder, mounts=Path("/proc/self/mountinfo")):
     """Return WAL where `folder` is known to be on a local file system, else PERSIST: over a network WAL corrupts."""
-    folder, best, file_system = os.path.realpath(folder), -1, None
+    folder, best, file_system = os.fsencode(os.path.realpath(folder)), -1, None
     with suppress(OSError):
-        for line in mounts.read_text().splitlines():
-            mount, kind = line.split(" ")[4].encode().decode("unicode_escape"), line.split(" - ")[1].split(" ")[0]
+        for line in mounts.read_bytes().splitlines():
+            about, _, kind = line.partition(b" - ")
+            mount = re.sub(rb"\\([0-7]{3})", lambda octal: bytes([int(octal[1], 8)]), about.split(b" ")[4])
             if os.path.commonpath((folder, mount)) == mount and len(mount) >= best:
-                best, file_system = len(mount), kind
+                best, file_system = len(mount), kind.split(b" ")[0].decode()
     return "WAL" if file_system in LOCAL_FILE_SYSTEMS else "PERSIST"
 
 
@@ -711,18 +722,17 @@ class Spool:
             log.info("moved %d spooled deliveries into the database", len(files))
 
     def move(self, file, connection, read_row):
-        """Insert one spooled delivery; one that cannot be read is set aside under another name, for a person to see."""
-        try:
-            head, _, body = file.read_bytes().partition(b"\n")
-            received_at, resource = json.loads(head)
-            row = read_row(body, resource, received_at)
-        except FileNotFoundError:  # another worker has just moved it
-            return
-        except Exception:
-            log.exception("cannot read a spooled delivery, set aside as %s", file.with_suffix(".rejected"))
-            file.rename(file.with_suffix(".rejected"))
-            return
-        insert_error(connection, row, body)
+        """Insert one spooled delivery; one that makes no error is set aside under another name, for a person to see."""
+        with suppress(FileNotFoundError):  # another worker has just moved it
+            try:
+                head, _, body = file.read_bytes().partition(b"\n")
+                received_at, resource = json.loads(head)
+                insert_error(connection, read_row(body, resource, received_at), body)
+            except Exception as error:
+                if isinstance(error, OSError) or type(error) in (sqlite3.OperationalError, sqlite3.DatabaseError):
+                    raise  # the fault is not the delivery's
+                aside = file.rename(file.with_suffix(".rejected"))
+                log.error("cannot make an error of a spooled delivery (%s), see %s", type(error).__name__, aside)
 
 
 def backup(path, target, report):
@@ -743,9 +753,12 @@ def backup(path, target, report):
 # ----------------------------------------------------------------------------------------------------------------------
 
 TEXT_LENGTH = 8000  # characters of a text form at the most
+URL_LENGTH = 300  # characters of a URL in it
 ANSI = re.compile(r"\x1b(?:\[[0-?]*[ -/]*[@-~]|\][^\x07\x1b]*(?:\x07|\x1b\\)?|[PX^_][^\x1b]*(?:\x1b\\)?|.)", re.DOTALL)
 # Control characters but tab and line feed, and those that reorder or hide text.
-UNSEEN = re.compile("[\0-\x08\x0b-\x1f\x7f-\x9f\u061c\u200b\u200e\u200f\u2028-\u202e\u2060-\u206f\ufeff\ufff9-\ufffb]")
+UNSEEN = re.compile(
+    "[\0-\x08\x0b-\x1f\x7f-\x9f\u061c\u200b\u200e\u200f\u2028-\u202e\u2060-\u206f\ufeff\ufff9-\ufffb\U000e0000-\U000e007f]"
+)
 
 
 def as_json(value):
@@ -760,7 +773,7 @@ def summary(row):
 
 def detail(row, body):
     """Return an error in full; `body` is the delivery as it was received (bytes)."""
-    found = parse_detail(json.loads(body))
+    found = parse_detail(load(body))
     for exception in found["exceptions"]:
         del exception["frames"]
     return summary(row) | found
@@ -816,7 +829,7 @@ def error_text(row, body, url):
 
     Only lines of ours start at the margin; the error's own words stand behind a key there, or indented.
     """
-    found = parse_detail(json.loads(body))
+    found = parse_detail(load(body))
     http, crumbs = found["request"] or {}, found["breadcrumbs"][-10:]
     for crumb in crumbs:
         crumb["data"] = crumb["data"] and json.dumps(crumb["data"], ensure_ascii=False)
@@ -831,8 +844,8 @@ def error_text(row, body, url):
         **{key: row[key] for key in ("platform", "logger", "rule", "permalink")},
         "url": url,
     }
-    lengths = {"title": 500, "message": 1000, "permalink": 300, "url": 300}
-    head = "".join(f"{key}: {flat(value, lengths.get(key, 150))}\n" for key, value in values.items() if value)
+    lengths = {"title": 500, "message": 1000, "permalink": 300, "url": URL_LENGTH}
+    head = {key: flat(value, lengths.get(key, 150)) for key, value in values.items() if value}
     words = ("timestamp", "category", "level", "message", "data")
     sections = {
         "stacktrace (oldest call first)": list(trace_lines(found["stacktrace"])),
@@ -841,7 +854,8 @@ def error_text(row, body, url):
         "request": [flat(joined(http.get("method"), http.get("url")), 500)] if http else [],
         "breadcrumbs (newest last)": [flat(joined(*(crumb[word] for word in words)), 250) for crumb in crumbs],
     }
-    return head + fit(sections, TEXT_LENGTH - len(head) - 400 - len(url), url)
+    shown = "".join(f"{key}: {value}\n" for key, value in head.items())
+    return shown + fit(sections, TEXT_LENGTH - len(shown) - 300 - 2 * URL_LENGTH, cut(url, URL_LENGTH))
 
 
 def fit(sections, room, url):
@@ -860,12 +874,13 @@ def fit(sections, room, url):
             room -= len(parts[-1])
         if len(kept) < len(lines):
             left_out.append(f"{len(lines) - len(kept)} lines of {name.split(' (')[0]}")
-    omitted = f"left out: {', '.join(left_out)}; " if left_out else ""
-    return "".join(parts) + f"\n{omitted}source context and more: {url}?format=json and {url}/payload\n"
+    left_out.append("ends of long values, source context and the rest of the payload")
+    return "".join(parts) + f"\nleft out: {', '.join(left_out)}: {url}?format=json and {url}/payload\n"
 
 
 def errors_text(rows, more):
     """Return a list as text, an error a line, TEXT_LENGTH characters at most; `more` is the URL of the rest or None."""
+    more = more if len(more or "") <= 10 * URL_LENGTH else "see the Link header"
     lines, room = [], TEXT_LENGTH - 200 - len(more or "")
     for row in rows:
         about = joined(row["received_at"], row["level"], row["project_slug"], row["title"], row["culprit"])
@@ -1230,7 +1245,7 @@ def show(connection, row, form, refresh=None):
 
 def error_page(connection, row):
     """Return what the page of an error shows."""
-    found = parse_detail(json.loads(select_body(connection, row["id"])))
+    found = parse_detail(load(select_body(connection, row["id"])))
     newer, older = select_neighbours(connection, row["id"])
     siblings = select_errors(connection, {"issue": row["issue_id"]}, 11) if row["issue_id"] else []
     chain = found["exceptions"][::-1]  # the one that gave the title first, then what caused it
@@ -1412,8 +1427,9 @@ def reply_with_error(status, words, headers=()):
     if request.args.get("format", "html") == "html" and request.accept_mimetypes.best_match(types) == FORMS["html"]:
         page = render_template("error.html", status=status, words=words)
         return Response(page, status, headers, mimetype=FORMS["html"])
-    # In ASCII it is at most 1,024 bytes, what Sentry keeps of a refusal for the integration's owner.
-    words = cut(words.encode("ascii", "replace").decode(), 900)
+    # 1,024 bytes are what Sentry keeps of a refusal, for the integration's owner to read.
+    while len(as_json({"error": words})) > 1024:
+        words = cut(words, len(words) * 7 // 8)
     return Response(as_json({"error": words}), status, headers, mimetype=FORMS["json"])
 
 
@@ -1519,6 +1535,9 @@ def read_settings(config=None):
     settings = dict(DEFAULTS)
     for source in (dotenv_values(".env"), os.environ, config or {}):
         settings |= {name: str(source[name]) for name in DEFAULTS if str(source.get(name) or "").strip()}
+    secrets = [part for part in re.split(r"\s*,\s*", settings["SENTRY_CLIENT_SECRET"]) if part]
+    if settings["SENTRY_CLIENT_SECRET"] and not secrets:
+        fail("SENTRY_CLIENT_SECRET", "there is no secret between its commas", "0123abcd,4567ef89")
     actions = [action for action in re.split(r"\s*,\s*", settings["SENTRY_ACTIONS"].strip()) if action]
     if not actions or not all(re.fullmatch(r"[a-z_]+", action) for action in actions):
         fail("SENTRY_ACTIONS", "it must be actions of Sentry's, separated by commas", "created,triggered")
@@ -1526,7 +1545,7 @@ def read_settings(config=None):
         "DATABASE_URL": database_path(settings["DATABASE_URL"]),
         "SENTRY_DSN": settings["SENTRY_DSN"].strip(),
         # Its ends are not stripped: what was typed is the secret, and a refusal says what may be wrong with it.
-        "SENTRY_CLIENT_SECRET": [part for part in re.split(r"\s*,\s*", settings["SENTRY_CLIENT_SECRET"]) if part],
+        "SENTRY_CLIENT_SECRET": secrets,
         "SENTRY_ACTIONS": actions,
         "API_TOKEN": settings["API_TOKEN"].strip(),
         "RETENTION_DAYS": whole_number(settings, "RETENTION_DAYS", 1, 36500) if settings["RETENTION_DAYS"] else None,
@@ -1573,7 +1592,7 @@ def start_reports(dsn):
     options |= {"include_local_variables": False, "include_source_context": False, "max_breadcrumbs": 0}
     try:
         sentry_sdk.init(dsn, release=VERSION, before_send=scrub, **options)
-    except sentry_sdk.utils.BadDsn:
+    except (sentry_sdk.utils.BadDsn, ValueError):
         fail("SENTRY_DSN", "it is no DSN of Sentry's", "https://key@o0.ingest.sentry.io/0")
     return report
 
