@@ -474,7 +474,7 @@ class Database:
         Raises sqlite3.Error or OSError if the database cannot be written within `wait` seconds. Who has waited in vain
         once does not wait again until a write succeeds: a crowd of waiting deliveries would fill every worker.
         """
-        deadline = time.monotonic() + (wait if wait is not None else 0.05 if self.in_trouble else WAIT_SECONDS)
+        deadline = time.monotonic() + (wait if wait is not None else 0.01 if self.in_trouble else WAIT_SECONDS)
         try:
             with self.locked(deadline) as connection:
                 connection.execute("PRAGMA busy_timeout = 0")  # to wait is `patiently`'s
