@@ -935,7 +935,7 @@ def chart(times, bars=40):
     return {"bars": shown, "most": most}
 
 
-PAGE_FILTERS = (visible, ago, web_link, source_lines, fold, place)
+PAGE_FILTERS = (visible, ago, web_link, source_lines, fold)
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -1424,7 +1424,10 @@ def reply_with_error(status, words, headers=()):
     """Reply with the one error shape, or with a page of the same words to browsers."""
     types = [FORMS["json"], FORMS["html"]]
     headers = [*headers, *([("Retry-After", "5")] if status == 503 else [])]
-    if request.args.get("format", "html") == "html" and request.accept_mimetypes.best_match(types) == FORMS["html"]:
+    if (
+        request.args.get("format") not in ("json", "text", "ndjson")
+        and request.accept_mimetypes.best_match(types) == FORMS["html"]
+    ):
         page = render_template("error.html", status=status, words=words)
         return Response(page, status, headers, mimetype=FORMS["html"])
     # 1,024 bytes are what Sentry keeps of a refusal, for the integration's owner to read.

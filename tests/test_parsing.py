@@ -658,7 +658,8 @@ def test_the_detail_of_a_python_error_is_whole():
     assert found["breadcrumbs"][1:] == [
         {
             "timestamp": "2026-03-14T09:26:52.500000Z", "type": "http", "category": "httplib", "level": "info",
-            "message": None, "data": {"method": "GET", "url": "https://stock.example.com/v1/tea/77", "status_code": 200},
+            "message": None,
+            "data": {"method": "GET", "url": "https://stock.example.com/v1/tea/77", "status_code": 200},
         },
         {
             "timestamp": "2026-03-14T09:26:53.125000Z", "type": "default", "category": "query", "level": "warning",
