@@ -566,13 +566,14 @@ def narrow(connection, filters):
     if "issue" in filters:
         sql = "SELECT coalesce(max(issue_id), :issue) FROM errors WHERE short_id = :issue"
         found["issue"] = connection.execute(sql, filters).fetchone()[0]
-    # Ids follow the times of receipt but for deliveries that were spooled, so these are bounds and no more.
+    # Ids follow the times of receipt but for deliveries that were spooled, so these are bounds and no more. Left to
+    # itself SQLite would look for the least id by walking through the table.
     for key, bound, sql in (
-        ("since", "from_id", "SELECT min(id) FROM errors WHERE received_at >= :since"),
-        ("until", "to_id", "SELECT max(id) FROM errors WHERE received_at <= :until"),
+        ("since", "from_id", "min(id) FROM errors INDEXED BY errors_received_at WHERE received_at >= :since"),
+        ("until", "to_id", "max(id) FROM errors INDEXED BY errors_received_at WHERE received_at <= :until"),
     ):
         if key in filters:
-            found[bound] = connection.execute(sql, filters).fetchone()[0] or 0
+            found[bound] = connection.execute(f"SELECT {sql}", filters).fetchone()[0] or 0
     return found
 
 
@@ -927,9 +928,10 @@ def chart(times, bars=40):
     if not times:
         return None
     stamps = [datetime.fromisoformat(value).timestamp() for value in times]
-    width = max((max(stamps) - min(stamps)) / (bars - 1), 1)
-    counts = Counter(bars - 1 - int((max(stamps) - stamp) / width) for stamp in stamps)
-    starts = [datetime.fromtimestamp(max(stamps) - (bars - index) * width, UTC) for index in range(bars)]
+    newest = max(stamps)
+    width = max((newest - min(stamps)) / (bars - 1), 1)
+    counts = Counter(bars - 1 - int((newest - stamp) / width) for stamp in stamps)
+    starts = [datetime.fromtimestamp(newest - (bars - index) * width, UTC) for index in range(bars)]
     most = max(counts.values())
     shown = [(counts[index] / most, counts[index], f"{start:%Y-%m-%d %H:%M:%S}") for index, start in enumerate(starts)]
     return {"bars": shown, "most": most}
