@@ -79,7 +79,9 @@ def load(body):
 
 def clean(value):
     """Return text that SQLite and UTF-8 can hold: without lone surrogates and NUL."""
-    return value.encode("utf-8", "replace").decode("utf-8").replace("\0", "\ufffd")
+    if not value.isascii():  # most text is, and the round trip takes time
+        value = value.encode("utf-8", "replace").decode("utf-8")
+    return value.replace("\0", "\ufffd")
 
 
 def text(value):
@@ -270,6 +272,15 @@ def find_parts(error):
     }
 
 
+def pick(parts, parse, paths):
+    """Return the first value at the paths that `parse` makes something of, else None."""
+    for part, key in paths:
+        value = parse(parts[part].get(key)) if part in parts else None
+        if value is not None:
+            return value
+    return None
+
+
 def parse_error(payload, resource, received_at):
     """Return the row of a delivery's error but for its payload columns, or None if it holds no error.
 
@@ -285,7 +296,7 @@ def parse_error(payload, resource, received_at):
         "action": text(payload.get("action")),
     }
     for column, (parse, paths) in FIELDS.items():
-        row[column] = first(parse(parts[part].get(key)) for part, key in paths if part in parts)
+        row[column] = pick(parts, parse, paths)
     row["timestamp"] = row["timestamp"] or received_at
     return {key: cut(value, COLUMN_LENGTH) for key, value in row.items()}
 
@@ -1470,7 +1481,7 @@ def handle_fault(error):
 
 def add_headers(response):
     """Add what keeps hostile text harmless in a browser, and replies out of shared caches."""
-    response.headers.update(current_app.config["HEADERS"])
+    response.headers.extend(current_app.config["HEADERS"])
     return response
 
 

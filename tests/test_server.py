@@ -9,6 +9,7 @@ import resource
 import signal
 import socket
 import sqlite3
+import struct
 import subprocess
 import sys
 import threading
@@ -25,6 +26,7 @@ SEED = int(os.environ.get("CRASH_SEED") or time.time_ns() % 1_000_000)
 CRASH_ROUNDS = int(os.environ.get("CRASH_ROUNDS") or 2)
 ROUNDS = int(os.environ.get("ROUNDS") or 1)
 SIGNED = {"SENTRY_CLIENT_SECRET": SECRET}
+GET, POST, HOST = b"GET / HTTP/1.1\r\nHost: x\r\n", b"POST /sentry/webhook HTTP/1.1\r\nHost: x\r\n", b"Host: x\r\n\r\n"
 
 
 def numbered(number, **event):
@@ -339,6 +341,32 @@ def test_spooled_deliveries_enter_at_the_next_start_health_check_or_webhook(make
     assert {row["received_at"] for row in server.get("/errors")} == {"2025-01-02T03:04:05.000000Z"}
 
 
+def test_a_spool_of_twenty_thousand_enters_while_webhooks_come_in(make_server):
+    server = make_server()
+    spool = server.folder / "data" / "spool"
+    first = spool / f"{0:020}-1.delivery"
+    first.write_bytes(b'["2025-01-02T03:04:05.000000Z", "error"]\n' + wire(numbered(0)))
+    for number in range(1, 20_000):
+        os.link(first, spool / f"{number:020}-1.delivery")
+    slowest, number, deadline = 0, 0, time.monotonic() + 30
+    while spooled(server) and time.monotonic() < deadline:
+        number += 1
+        seconds, (status, _) = timed(server.deliver, numbered(number))
+        slowest = max(slowest, seconds)
+        assert status in (201, 202)
+    print(f"{number} webhooks meanwhile, slowest {slowest:.2f} s")
+    assert not spooled(server) and slowest < 1
+
+
+def test_a_spool_folder_cleared_away_is_made_again(make_server):
+    server = make_server()
+    with locked(server):
+        (server.folder / "data" / "spool").rmdir()
+        assert server.deliver(numbered(1)) == (202, {"status": "queued"})
+    wait_for_empty_spool(server)
+    assert list(read_all(server)) == [f"{1:032x}"]
+
+
 def limit_files(server, size):
     """Let the workers write no file beyond `size` bytes, as a full disk or a quota would."""
     for pid in workers(server):
@@ -552,9 +580,43 @@ def test_connections_that_speak_no_http_keep_no_webhook_waiting(shared):
     assert status in (200, 201) and seconds < 1, seconds
 
 
+def test_forged_deliveries_of_the_largest_size_keep_no_webhook_waiting(make_server):
+    server = make_server(**SIGNED)
+    wait_for_workers(server)
+    large, body = wire(numbered(1, extra=[{str(each): each} for each in range(300_000)])), wire(numbered(2))
+    with ThreadPoolExecutor(10) as pool:
+        forged = [pool.submit(server.deliver, large, {"Sentry-Hook-Signature": "0" * 64}) for _ in range(10)]
+        wait_for(lambda: held(server))
+        seconds, (status, _) = timed(server.deliver, body, sign(body))
+        assert {answer.result()[0] for answer in forged} == {401}
+    print(f"behind 10 forged deliveries of {len(large)} bytes: {seconds:.2f} s")
+    assert status == 201 and seconds < 1
+    assert list(read_all(server)) == [f"{2:032x}"]
+
+
+def test_clients_that_reset_their_connections_do_no_harm(shared):
+    before, since, chance = workers(shared), shared.log.stat().st_size, random.Random(SEED)
+    starts = [
+        b"GET / HT",
+        b"no HTTP\r\n\r\n",
+        head_of(b"{}" * 50) + b"{}",
+        b"GET /errors?format=ndjson HTTP/1.1\r\n" + HOST,
+    ]
+    for number in range(300):
+        connection = connect(shared, chance.choice(starts))
+        connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+        if number % 2:
+            time.sleep(0.001)
+        connection.close()
+    seconds, (status, _) = timed(shared.deliver, numbered(1))
+    assert status in (200, 201) and seconds < 1, seconds
+    assert workers(shared) == before
+    log = added_log(shared, since)
+    assert "ERROR" not in log and "Traceback" not in log, log
+
+
 # Broken HTTP
 
-GET, POST, HOST = b"GET / HTTP/1.1\r\nHost: x\r\n", b"POST /sentry/webhook HTTP/1.1\r\nHost: x\r\n", b"Host: x\r\n\r\n"
 BROKEN = {
     "nothing": b"",
     "empty lines": b"\r\n\r\n\r\n\r\n",
@@ -740,8 +802,10 @@ def test_eight_processes_start_at_once_on_an_empty_folder(tmp_path, arguments):
                 server.process.terminate()
             for server in servers:
                 server.stop()
-        logs = "".join(server.log.read_text() for server in servers)
-        assert "ERROR" not in logs and "Traceback" not in logs, logs
+        lines = [line for server in servers for line in server.log.read_text().splitlines()]
+        # Another program may take a port for a moment; gunicorn tries again.
+        assert [line for line in lines if "ERROR" in line and "port" not in line and "in use" not in line] == []
+        assert "Traceback (most recent call last):" not in lines
 
 
 @pytest.mark.parametrize(

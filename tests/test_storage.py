@@ -12,6 +12,7 @@ import sys
 import tempfile
 import threading
 import time
+import zlib
 from contextlib import closing, contextmanager
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
@@ -336,7 +337,17 @@ def test_a_committed_row_is_in_the_file_before_the_reply(app, client):
         assert copy.execute("PRAGMA integrity_check").fetchall() == [("ok",)]
 
 
+def body_that_packs_to_its_own_length():
+    """Return a delivery that would pass for one that is not compressed once it is."""
+    for number in range(2000):
+        body = b'{"event":{"id":"%b"}}' % (b"ab" * 5 + os.urandom(number // 2).hex().encode())
+        if len(zlib.compress(body, 1)) == len(body):
+            return body
+    raise AssertionError("no such body was found")
+
+
 BODIES = [
+    body_that_packs_to_its_own_length(),
     b'{"event":{}}',
     b' {\r\n\t"event" : { "id":1, "id":2 } }\n\n',
     '{"event": {"title": "Ünï ☕ \U0001f375"}}'.encode(),
@@ -416,7 +427,8 @@ def test_old_errors_are_deleted_in_steps_and_new_ones_stay(make_app):
     app = make_app(RETENTION_DAYS="30")
     client = app.test_client()
     for number in range(130):
-        post(client, event_payload(f"{number:03}", title=f"word{number:03}"))
+        words = {name: f"{name}{number:03}" for name in ("title", "message", "culprit", "type", "value")}
+        post(client, event_payload(f"{number:03}", metadata=words, **words))
     old, young = (f"{(datetime.now(UTC) - timedelta(days=days)).isoformat()[:19]}.000000Z" for days in (31, 29))
     with house(app).database.turn() as connection:
         connection.execute("UPDATE errors SET received_at = iif(id <= 120, ?, ?)", (old, young))
@@ -427,8 +439,11 @@ def test_old_errors_are_deleted_in_steps_and_new_ones_stay(make_app):
         counts.append(count_rows(app))
         assert counts[-2] - counts[-1] <= 50
     assert event_ids(app) == [f"{number:03}" for number in range(120, 130)]
-    assert client.get("/errors?q=word001").json == []
-    assert [row["id"] for row in client.get("/errors?q=word125").json] == [126]
+    for name in words:
+        sql = "SELECT rowid FROM errors_search WHERE errors_search MATCH ?"
+        found = house(app).database.connection().execute(sql, (f"{name}001 OR {name}125",)).fetchall()
+        assert [row[0] for row in found] == [126]
+    assert [client.get(f"/errors?q=title{number}").json != [] for number in ("001", "125")] == [False, True]
     assert client.get("/errors/1").status_code == 404
     assert post(client, event_payload("000")).json["id"] == 131
 
@@ -457,6 +472,22 @@ def test_a_database_put_in_the_place_of_another_is_used_at_once(make_app, tmp_pa
     assert [row["event_id"] for row in client.get("/errors").json] == ["kept"]
     assert post(client, event_payload("next")).status_code == 201
     assert event_ids(app) == ["kept", "next"]
+
+
+def test_a_restored_database_does_not_take_up_the_log_of_the_one_before(make_app, tmp_path):
+    apps = [make_app(), make_app()]
+    clients = [app.test_client() for app in apps]
+    post(clients[0], event_payload("kept"))
+    assert apps[0].test_cli_runner().invoke(args=["backup", str(tmp_path / "copy.db")]).exit_code == 0
+    for client in clients:
+        post(client, event_payload("lost"))
+    (tmp_path / "copy.db").rename(tmp_path / "data/errors.db")
+    for client in clients:
+        assert [row["event_id"] for row in client.get("/errors").json] == ["kept"]
+    assert [post(client, event_payload(f"{number}")).status_code for number, client in enumerate(clients)] == [201, 201]
+    for app in apps:
+        assert event_ids(app) == ["kept", "0", "1"]
+        assert house(app).database.connection().execute("PRAGMA integrity_check").fetchone()[0] == "ok"
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -773,6 +804,25 @@ def test_a_backup_is_one_consistent_file_while_deliveries_come_in(app, client, t
         ids = [row[0] for row in copy.execute("SELECT id FROM errors ORDER BY id")]
     assert ids == list(range(1, len(ids) + 1))
     assert 70 <= len(ids) <= 50 + len(posted)
+
+
+def test_a_backup_is_of_one_moment_and_no_writer_makes_it_start_again(app, client, tmp_path):
+    house(app).database.connection().execute("PRAGMA synchronous = OFF")
+    for number in range(6):
+        post(client, event_payload(f"before {number}", extra=os.urandom(2_000_000).hex()))
+    shares = []
+
+    def report(share):
+        shares.append(share)
+        assert len(shares) < 50
+        post(client, event_payload(f"meanwhile {len(shares)}"))
+
+    collector.backup(house(app).database.path, tmp_path / "copy.db", report)
+    assert len(shares) >= 2
+    assert shares == sorted(shares)
+    with closing(sqlite3.connect(tmp_path / "copy.db")) as copy:
+        assert copy.execute("SELECT count(*) FROM errors").fetchone()[0] == 6
+    assert count_rows(app) == 6 + len(shares)
 
 
 def test_a_backup_can_be_served(make_app, tmp_path):
