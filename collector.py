@@ -423,7 +423,7 @@ class Database:
             except (BlockingIOError, sqlite3.OperationalError) as error:
                 if not is_busy(error) or time.monotonic() >= deadline or self.stopping():
                     raise
-            time.sleep(0.0005)
+            time.sleep(0.0002)
 
     def connection(self):
         """Return the kept connection to read with; it is opened on first use, and so after the fork."""
@@ -528,11 +528,15 @@ INSERT = INSERT.format(
 )
 
 
-def insert_error(connection, row, body):
-    """Insert a row and its body (bytes) unless it is there already; return its id and whether it is new."""
+def pack(body):
+    """Return the payload columns for a body (bytes): to be made before a turn, so that nobody waits for it."""
     packed = zlib.compress(body, 1)
     # sqlar_uncompress takes a blob of the stated length for one that is not compressed.
-    row = row | {"payload_bytes": len(body), "payload": packed if len(packed) < len(body) else body}
+    return {"payload_bytes": len(body), "payload": packed if len(packed) < len(body) else body}
+
+
+def insert_error(connection, row):
+    """Insert a row, its payload columns with it, unless it is there already; return its id and whether it is new."""
     found = connection.execute(INSERT, row).fetchone()
     if found:
         return found["id"], True
@@ -577,14 +581,12 @@ def narrow(connection, filters):
     if "issue" in filters:
         sql = "SELECT coalesce(max(issue_id), :issue) FROM errors WHERE short_id = :issue"
         found["issue"] = connection.execute(sql, filters).fetchone()[0]
-    # Ids follow the times of receipt but for deliveries that were spooled, so these are bounds and no more. Left to
-    # itself SQLite would look for the least id by walking through the table.
-    for key, bound, sql in (
-        ("since", "from_id", "min(id) FROM errors INDEXED BY errors_received_at WHERE received_at >= :since"),
-        ("until", "to_id", "max(id) FROM errors INDEXED BY errors_received_at WHERE received_at <= :until"),
-    ):
-        if key in filters:
-            found[bound] = connection.execute(f"SELECT {sql}", filters).fetchone()[0] or 0
+    if "since" in filters or "until" in filters:
+        # Ids follow the times of receipt but for deliveries that were spooled, so these are bounds and no more. Left to
+        # itself SQLite would look for the least id by walking through the table.
+        sql = "SELECT min(id), max(id) FROM errors INDEXED BY errors_received_at WHERE received_at BETWEEN ? AND ?"
+        least, most = connection.execute(sql, (filters.get("since", ""), filters.get("until", "~"))).fetchone()
+        found |= {"from_id": least or 0, "to_id": most or 0} if "until" in filters else {"from_id": least or 2**63 - 1}
     return found
 
 
@@ -625,15 +627,15 @@ def count_errors(connection):
 
 def select_neighbours(connection, id_):
     """Return the ids of the next newer and the next older error, None where there is none."""
-    sql = "SELECT (SELECT min(id) FROM errors WHERE id > ?1), (SELECT max(id) FROM errors WHERE id < ?1)"
-    return tuple(connection.execute(sql, (id_,)).fetchone())
+    sql = "SELECT (SELECT min(id) FROM errors WHERE id > :id), (SELECT max(id) FROM errors WHERE id < :id)"
+    return tuple(connection.execute(sql, {"id": id_}).fetchone())
 
 
 def check_writable(database):
     """Commit a row; raise sqlite3.Error or OSError if that cannot be done."""
     with database.turn(wait=1) as connection:
-        sql = "INSERT INTO health VALUES (1, ?1) ON CONFLICT DO UPDATE SET checked_at = ?1"
-        connection.execute(sql, (now(),))
+        sql = "INSERT INTO health VALUES (1, :at) ON CONFLICT DO UPDATE SET checked_at = :at"
+        connection.execute(sql, {"at": now()})
 
 
 def delete_old_errors(database, days, most=50):
@@ -669,8 +671,8 @@ class Tally:
 
     def write(self, connection, outcome=None):
         """Add the counts, and one of `outcome`, in the caller's transaction; clear `pending` after its commit."""
-        sql = """INSERT INTO deliveries VALUES (?1, ?2, ?3, ?4, ?5)
-            ON CONFLICT DO UPDATE SET count = count + ?4, last_at = max(last_at, ?5)"""
+        sql = """INSERT INTO deliveries VALUES (?, ?, ?, ?, ?)
+            ON CONFLICT DO UPDATE SET count = count + excluded.count, last_at = max(last_at, excluded.last_at)"""
         at = now()
         counts = [(*key, *value) for key, value in self.pending.items()]
         counts += [(at[:10], outcome, "", 1, at)] if outcome else []
@@ -739,7 +741,7 @@ class Spool:
             try:
                 head, _, body = file.read_bytes().partition(b"\n")
                 received_at, resource = json.loads(head)
-                insert_error(connection, read_row(body, resource, received_at), body)
+                insert_error(connection, read_row(body, resource, received_at) | pack(body))
             except Exception as error:
                 if isinstance(error, OSError) or type(error) in (sqlite3.OperationalError, sqlite3.DatabaseError):
                     raise  # the fault is not the delivery's
@@ -842,7 +844,7 @@ def error_text(row, body, url):
     Only lines of ours start at the margin; the error's own words stand behind a key there, or indented.
     """
     found = parse_detail(load(body))
-    http, crumbs = found["request"] or {}, found["breadcrumbs"][-10:]
+    http, crumbs = found["request"] or {}, found["breadcrumbs"]
     for crumb in crumbs:
         crumb["data"] = crumb["data"] and json.dumps(crumb["data"], ensure_ascii=False)
     values = {"error": row["id"]} | {key: row[key] for key in ("title", "level", "culprit", "environment", "release")}
@@ -990,9 +992,9 @@ class Collector:
         Raises OSError if neither the database nor the spool can be written.
         """
         try:
-            row = parse_error(payload, resource, received_at)
+            row = parse_error(payload, resource, received_at) | pack(body)
             with self.database.turn() as connection:
-                id_, is_new = insert_error(connection, row, body)
+                id_, is_new = insert_error(connection, row)
                 outcome = "stored" if is_new else "duplicate"
                 self.tally.write(connection, outcome)
             self.tally.pending.clear()
@@ -1236,21 +1238,32 @@ def show_payload(id_):
     read_query()
     connection = collector().database.connection()
     row = find_row(connection, id_)
-    return answer("json", [id_, row["received_at"]], lambda: select_body(connection, id_))
+    return answer("json", [id_, row["received_at"]], lambda: find_body(connection, row))
+
+
+def found_or_404(found, id_):
+    """Return what was found of an error; abort with 404 if that is nothing."""
+    if found is None:
+        abort(404, f"There is no error {str(id_)[:20]}; /errors lists those there are.")
+    return found
 
 
 def find_row(connection, id_):
     """Return an error's row; abort with 404 if there is none."""
-    row = select_error(connection, id_) if id_ < 2**63 else None
-    return row or abort(404, f"There is no error {str(id_)[:20]}; /errors lists those there are.")
+    return found_or_404(select_error(connection, id_) if id_ < 2**63 else None, id_)
+
+
+def find_body(connection, row):
+    """Return the body of a row's delivery (bytes); abort with 404 if it was deleted since the row was read."""
+    return found_or_404(select_body(connection, row["id"]), row["id"])
 
 
 def show(connection, row, form, refresh=None):
     """Reply with one error in full."""
     id_, url = row["id"], url_for("web.show_error", id_=row["id"], _external=True)
     renders = {
-        "json": lambda: as_json(detail(row, select_body(connection, id_))),
-        "text": lambda: error_text(row, select_body(connection, id_), url),
+        "json": lambda: as_json(detail(row, find_body(connection, row))),
+        "text": lambda: error_text(row, find_body(connection, row), url),
         "html": lambda: render_template("detail.html", refresh=refresh, **error_page(connection, row)),
     }
     return answer(form, [id_, row["received_at"], *(moving(connection) if form == "html" else [])], renders[form])
@@ -1258,7 +1271,7 @@ def show(connection, row, form, refresh=None):
 
 def error_page(connection, row):
     """Return what the page of an error shows."""
-    found = parse_detail(load(select_body(connection, row["id"])))
+    found = parse_detail(load(find_body(connection, row)))
     newer, older = select_neighbours(connection, row["id"])
     siblings = select_errors(connection, {"issue": row["issue_id"]}, 11) if row["issue_id"] else []
     chain = found["exceptions"][::-1]  # the one that gave the title first, then what caused it

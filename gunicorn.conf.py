@@ -17,7 +17,7 @@ import collector  # noqa: E402
 
 REQUEST_SECONDS = 5  # for a request to arrive whole; Sentry ends its own after that
 REPLY_SECONDS = 5  # more for the reply to be taken, or its next part
-SLOT_SECONDS = 0.5  # for another reader to end
+SLOT_SECONDS = 3  # for another reader to end
 
 settings = collector.read_settings()
 collector.check_folder(settings["DATABASE_URL"])
@@ -35,6 +35,10 @@ class Worker(SyncWorker):
     """A sync worker that no client can hold for longer than a few seconds."""
 
     client = None
+
+    def __init__(self, *arguments, **options):
+        super().__init__(*arguments, **options)
+        self.parked = []  # readers who wait for a slot: (until when, listener, client, address)
 
     def init_signals(self):
         super().init_signals()
@@ -62,38 +66,59 @@ class Worker(SyncWorker):
         if DEFERRED and not select.select([client], [], [], 0)[0]:
             client.close()
             return
+        # A reader who has to wait is put aside, so that no webhook waits behind him.
+        head = b""
+        with contextlib.suppress(OSError):
+            head = client.recv(11, socket.MSG_PEEK | socket.MSG_DONTWAIT)
+        reads = not head.startswith((b"POST ", b"GET /health")) and not b"POST ".startswith(head)
+        if reads and not self.take_slot():
+            self.parked.append((time.monotonic() + SLOT_SECONDS, listener, client, addr))
+        else:
+            self.serve(listener, client, addr)
+
+    def serve(self, listener, client, addr):
+        """Serve a connection, for so long as the limits allow."""
         self.client, self.cut = client, socket.SHUT_RD
         signal.setitimer(signal.ITIMER_REAL, REQUEST_SECONDS, REPLY_SECONDS)
         try:
             super().handle(listener, client, addr)
         finally:
             signal.setitimer(signal.ITIMER_REAL, 0)
+            fcntl.lockf(SLOTS, fcntl.LOCK_UN)
+
+    def accept(self, listener):
+        if self.parked and (self.take_slot() or time.monotonic() > self.parked[0][0]):
+            until, *connection = self.parked.pop(0)
+            if time.monotonic() > until:
+                self.refuse(connection[1])
+            else:
+                self.serve(*connection)
+        super().accept(listener)
+
+    def wait(self, timeout):
+        return super().wait(0.005 if self.parked else timeout)
+
+    def refuse(self, client):
+        """Turn a reader away who has waited in vain."""
+        with contextlib.suppress(OSError):
+            client.setblocking(False)
+            client.sendall(BUSY)
+        client.close()
+        fcntl.lockf(SLOTS, fcntl.LOCK_UN)
 
     def handle_request(self, listener, req, client, addr):
-        reads = req.method != "POST" and req.path != "/health"
-        if reads and not self.take_slot():
-            client.sendall(BUSY)
-            return
-        try:
-            super().handle_request(listener, req, client, addr)
-        finally:
-            fcntl.lockf(SLOTS, fcntl.LOCK_UN)
+        super().handle_request(listener, req, client, addr)
         # gunicorn would wait two seconds for the client to close first, which only a body left unread makes worth it.
         if not getattr(req.body.reader, "length", 1):
             client.close()
 
     def take_slot(self):
         """Say whether this worker may read now: at most all but one do at a time, so that one is free for webhooks."""
-        until = time.monotonic() + SLOT_SECONDS
-        while workers > 1:
-            for slot in range(workers - 1):
-                with contextlib.suppress(OSError):
-                    fcntl.lockf(SLOTS, fcntl.LOCK_EX | fcntl.LOCK_NB, 1, slot)
-                    return True
-            if time.monotonic() > until:
-                return False
-            time.sleep(0.002)
-        return True
+        for slot in range(workers - 1):
+            with contextlib.suppress(OSError):
+                fcntl.lockf(SLOTS, fcntl.LOCK_EX | fcntl.LOCK_NB, 1, slot)
+                return True
+        return workers == 1
 
 
 worker_class = Worker

@@ -955,3 +955,12 @@ def test_reading_takes_no_signature(make_app):
     body = wire(event_payload())
     post(client, body, **sign(body))
     assert client.get("/errors/latest").status_code == 200
+
+
+@pytest.mark.parametrize("path", ["/errors/1", "/errors/1/payload", "/errors/1?format=text", "/errors/1?format=html"])
+def test_an_error_deleted_while_it_is_read_is_not_found(client, monkeypatch, path):
+    post(client, event_payload())
+    monkeypatch.setattr(
+        collector, "select_body", lambda connection, id_: None
+    )  # as retention may have it, at this moment
+    assert client.get(path).status_code == 404

@@ -20,7 +20,7 @@ from pathlib import Path
 import pytest
 from conftest import ROOT, SECRET, Server, event_payload, sign, wait_for, wire
 
-from collector import create_app, insert_error, parse_error, select_body
+from collector import create_app, insert_error, pack, parse_error, select_body
 
 SEED = int(os.environ.get("CRASH_SEED") or time.time_ns() % 1_000_000)
 CRASH_ROUNDS = int(os.environ.get("CRASH_ROUNDS") or 2)
@@ -726,7 +726,7 @@ def full(tmp_path_factory):
     with database.turn() as connection:
         for number in range(2000):
             payload = event_payload(f"f{number:031x}", title=f"Full {number}", extra=text)
-            insert_error(connection, parse_error(payload, "error", "2025-01-02T03:04:05.000000Z"), wire(payload))
+            insert_error(connection, parse_error(payload, "error", "2025-01-02T03:04:05.000000Z") | pack(wire(payload)))
     database.close()
     yield server.start()
     server.stop()
