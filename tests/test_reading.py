@@ -1,8 +1,10 @@
 """Reading: one error or many, as JSON, text or lines; filters, pages, tags of versions, and one shape of errors."""
 
 import base64
+import contextlib
 import json
 import re
+import sqlite3
 import time
 from datetime import UTC, datetime, timedelta
 from urllib.parse import quote, urlsplit
@@ -958,9 +960,15 @@ def test_reading_takes_no_signature(make_app):
 
 
 @pytest.mark.parametrize("path", ["/errors/1", "/errors/1/payload", "/errors/1?format=text", "/errors/1?format=html"])
-def test_an_error_deleted_while_it_is_read_is_not_found(client, monkeypatch, path):
+def test_an_error_deleted_while_it_is_read_is_not_found(app, client, path):
     post(client, event_payload())
-    monkeypatch.setattr(
-        collector, "select_body", lambda connection, id_: None
-    )  # as retention may have it, at this moment
+    database = app.extensions["collector"].database
+
+    def delete_before(sql):
+        if sql.startswith("SELECT payload"):
+            with contextlib.closing(sqlite3.connect(database.path, isolation_level=None)) as other:
+                other.execute("DELETE FROM errors")
+
+    database.connection().set_trace_callback(delete_before)
     assert client.get(path).status_code == 404
+    assert count_rows(app) == 0
