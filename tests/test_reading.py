@@ -10,7 +10,7 @@ from datetime import UTC, datetime, timedelta
 from urllib.parse import quote, urlsplit
 
 import pytest
-from conftest import SECRET, SETTINGS, event_payload, load, post, sign, wire
+from conftest import SECRET, SETTINGS, count_rows, event_payload, load, post, sign, wire
 
 from collector import create_app
 
