@@ -399,7 +399,7 @@ def is_busy(error):
 
 
 def identity(path):
-    """Return what tells a file from another that took its place, None if there is none."""
+    """Return what tells a file, by its path or descriptor, from another that took its place; None if there is none."""
     with suppress(FileNotFoundError):
         stat = os.stat(path)
         return stat.st_dev, stat.st_ino
@@ -427,39 +427,42 @@ class Database:
 
     def connection(self):
         """Return the kept connection to read with; it is opened on first use, and so after the fork."""
-        if getattr(self.kept, "connection", None) is None or self.kept.identity != identity(self.path):
+        if self.is_stale():
             with self.locked(time.monotonic() + WAIT_SECONDS):
                 pass
         return self.kept.connection
 
+    def is_stale(self):
+        """Say whether the kept connection is none, or one to a file that another has replaced, as a restore does."""
+        return getattr(self.kept, "connection", None) is None or self.kept.identity != identity(self.path)
+
     @contextmanager
     def locked(self, deadline):
         """Hold the lock that all writers take, with a kept connection to the database as it is now."""
-        if getattr(self.kept, "connection", None) is not None and self.kept.identity != identity(self.path):
-            self.close()
-        if getattr(self.kept, "lock", None) is None:
+        lock, path = getattr(self.kept, "lock", None), f"{self.path}.lock"
+        if lock is None or identity(lock.fileno()) != identity(path):
             # A file of its own: to close any other descriptor of the database drops SQLite's locks on it.
-            self.kept.lock = open(f"{self.path}.lock", "ab")
+            lock = self.kept.lock = open(path, "ab")
         # Polled, because a blocking flock knows no deadline.
-        self.patiently(lambda: fcntl.flock(self.kept.lock, fcntl.LOCK_EX | fcntl.LOCK_NB), deadline)
-        lock = self.kept.lock
+        self.patiently(lambda: fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB), deadline)
         try:
-            if getattr(self.kept, "connection", None) is None:
+            if self.is_stale():
                 self.discard_foreign_wal()
+                self.drop_connection()
                 self.kept.connection = self.patiently(self.open, deadline)
                 self.kept.identity, self.kept.wal = identity(self.path), identity(f"{self.path}-wal")
             yield self.kept.connection
         finally:
-            if not lock.closed:
-                fcntl.flock(lock, fcntl.LOCK_UN)
+            fcntl.flock(lock, fcntl.LOCK_UN)
 
     def discard_foreign_wal(self):
         """Remove the WAL of a database that was replaced while it was open: the new one would take it for its own."""
-        if getattr(self.kept, "wal", None) and self.kept.identity != identity(self.path):
-            if self.kept.wal == identity(f"{self.path}-wal"):
-                for suffix in ("-wal", "-shm"):
-                    Path(f"{self.path}{suffix}").unlink(missing_ok=True)
-            self.kept.wal = None
+        # Before the old connection is closed: its open WAL keeps the inode from being used again.
+        kept, wal = getattr(self.kept, "wal", None), f"{self.path}-wal"
+        if kept and kept == identity(wal) and self.kept.identity != identity(self.path):
+            for name in (wal, f"{self.path}-shm"):
+                Path(name).unlink(missing_ok=True)
+        self.kept.wal = None
 
     def open(self):
         """Return a connection to the database, its schema applied; the caller holds the lock."""
@@ -501,16 +504,22 @@ class Database:
         except (sqlite3.Error, OSError) as error:
             self.in_trouble = self.in_trouble or wait is None
             if not is_busy(error):
-                self.close()
+                self.drop_connection()
             raise
 
+    def drop_connection(self):
+        """Close the kept connection; the next use opens one anew."""
+        connection, self.kept.connection = getattr(self.kept, "connection", None), None
+        if connection is not None:
+            with suppress(sqlite3.Error):
+                connection.close()
+
     def close(self):
-        """Close what this process keeps; the next use opens it anew."""
-        for name in ("connection", "lock"):
-            kept = getattr(self.kept, name, None)
-            setattr(self.kept, name, None)
-            with suppress(AttributeError, sqlite3.Error, OSError):
-                kept.close()
+        """Close all that is kept, as before a fork."""
+        self.drop_connection()
+        lock, self.kept.lock = getattr(self.kept, "lock", None), None
+        if lock is not None:
+            lock.close()
 
 
 INSERT = """
@@ -695,6 +704,7 @@ class Spool:
 
     def put(self, received_at, resource, body):
         """Write a delivery to disk, synced; raise OSError if that cannot be done."""
+        self.folder.mkdir(parents=True, exist_ok=True)
         name = f"{time.time_ns():020}-{os.getpid()}"
         part = self.folder / f"{name}.part"
         try:
@@ -715,7 +725,8 @@ class Spool:
     def waiting(self):
         """Return the files that wait, the oldest first."""
         try:
-            return sorted(self.folder / name for name in os.listdir(self.folder) if name.endswith(".delivery"))
+            names = sorted(name for name in os.listdir(self.folder) if name.endswith(".delivery"))
+            return [self.folder / name for name in names]
         except OSError:
             return []
 
@@ -725,15 +736,15 @@ class Spool:
         `read_row` makes a row of a resource, a time and a body. A file is removed after the commit; should that fail,
         the database knows the delivery when it comes again.
         """
-        until = time.monotonic() + seconds
-        while self.waiting() and time.monotonic() < until:
-            with database.turn(wait=0) as connection:
-                files = self.waiting()[:20]
-                for file in files:
+        until, files = time.monotonic() + seconds, self.waiting()
+        while files and time.monotonic() < until:
+            batch, files = files[:50], files[50:]
+            with database.turn(wait=0.01) as connection:
+                for file in batch:
                     self.move(file, connection, read_row)
-            for file in files:
+            for file in batch:
                 file.unlink(missing_ok=True)
-            log.info("moved %d spooled deliveries into the database", len(files))
+            log.info("moved %d spooled deliveries into the database", len(batch))
 
     def move(self, file, connection, read_row):
         """Insert one spooled delivery; one that makes no error is set aside under another name, for a person to see."""
@@ -964,6 +975,7 @@ MISSING = (
     "The Sentry-Hook-Signature header is missing: send through an internal integration, which signs. "
     "The legacy WebHooks plugin cannot; it needs SENTRY_CLIENT_SECRET unset."
 )
+EXPLAIN_BYTES = 256 * 1024  # of a forged delivery that are worth parsing
 HIDDEN = re.compile(r"[^\w.:-]", re.ASCII)  # in a log line, whatever could end it or pass for another
 
 
@@ -1035,7 +1047,7 @@ def read_body(limit):
         raise Refused(413, "too large", words)
     try:
         return request.get_data(cache=False)
-    except ClientDisconnected:
+    except (ClientDisconnected, ConnectionError):
         words = f"The delivery broke off before its {length} bytes had come; send it again, faster."
         raise Refused(400, "cut short", words) from None
 
@@ -1061,7 +1073,7 @@ def check_signature(body, signature, secrets):
         )
     elif is_signed(body, given, [secret.strip() for secret in secrets]):
         reason, words = "white space in secret", "remove the white space around SENTRY_CLIENT_SECRET"
-    elif is_signed(as_sentry_writes(body), given, secrets):
+    elif len(body) <= EXPLAIN_BYTES and is_signed(as_sentry_writes(body), given, secrets):
         reason, words = "body rewritten", "a proxy in between rewrote the body; make it pass the bytes on as they are"
     else:
         reason, words = "signature wrong", "set SENTRY_CLIENT_SECRET to the Client Secret of the integration that sends"
@@ -1138,9 +1150,11 @@ def log_delivery(started, *words):
 @web.before_request
 def guard_reading():
     """Let only those read who know API_TOKEN, if it is set."""
-    token, given = collector().settings["API_TOKEN"], request.authorization
+    token, given = collector().settings["API_TOKEN"], None
     if not token or request.endpoint in ("web.receive_webhook", "web.show_health"):
         return
+    with suppress(ValueError):  # Werkzeug's, of a header that is not ASCII
+        given = request.authorization
     words = (given.token if given.type == "bearer" else given.password) or "" if given else ""
     if not hmac.compare_digest(words.encode("utf-8", "replace"), token.encode("utf-8", "surrogateescape")):
         abort(401, "Reading needs API_TOKEN; send 'Authorization: Bearer <token>', or the token as Basic password.")
@@ -1374,7 +1388,7 @@ def describe_state():
         state["deliveries"] = select_deliveries(connection)
         state["last_delivery_at"] = max((row["last_at"] for row in state["deliveries"]), default=None)
     except (sqlite3.Error, OSError) as error:
-        shared.database.close()
+        shared.database.drop_connection()
         state["problem"] = f"The database cannot be read: {error}."
     return state
 
@@ -1481,7 +1495,7 @@ def handle_refusal(refused):
 def handle_failure(error):
     """Reply to a read that the database, its disk or the memory failed."""
     collector().note("cannot read", error)
-    collector().database.close()
+    collector().database.drop_connection()
     return reply_with_error(503, f"The database cannot be read: {error}; try again.")
 
 

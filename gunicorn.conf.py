@@ -10,6 +10,7 @@ import sys
 import tempfile
 import time
 
+from gunicorn.http.errors import ParseException
 from gunicorn.workers.sync import SyncWorker
 
 sys.modules.pop("collector", None)  # a reload takes up new code
@@ -27,8 +28,15 @@ wsgi_app = "collector:create_app()"
 timeout = 15  # a backstop: the worker cuts slow clients off by itself
 graceful_timeout = 2
 worker_tmp_dir = "/dev/shm"  # a heartbeat on a busy disk would block
+forwarder_headers = ""  # nobody in front moves this service to another path
 control_socket_disable = True  # it needs a writable home
 proc_name = "sentry-error-collector"
+
+
+def refusal(status, words, header=""):
+    """Return an HTTP response (bytes) in the one shape of errors."""
+    head = f"HTTP/1.1 {status}\r\nConnection: close\r\nContent-Type: application/json\r\n{header}\r\n"
+    return (head + collector.as_json({"error": words})).encode()
 
 
 class Worker(SyncWorker):
@@ -102,7 +110,8 @@ class Worker(SyncWorker):
         """Turn a reader away who has waited in vain."""
         with contextlib.suppress(OSError):
             client.setblocking(False)
-            client.sendall(BUSY)
+            words = "Other readers keep all workers but the one for webhooks; try again, or raise WEB_CONCURRENCY."
+            client.sendall(refusal("503 Service Unavailable", words, "Retry-After: 1\r\n"))
         client.close()
         fcntl.lockf(SLOTS, fcntl.LOCK_UN)
 
@@ -111,6 +120,17 @@ class Worker(SyncWorker):
         # gunicorn would wait two seconds for the client to close first, which only a body left unread makes worth it.
         if not getattr(req.body.reader, "length", 1):
             client.close()
+
+    def handle_error(self, req, client, addr, exc):
+        if isinstance(exc, ParseException):
+            # gunicorn would log the whole of a line that may have megabytes.
+            self.log.warning("No HTTP that can be served from %s: %s", (addr or ["a socket"])[0], type(exc).__name__)
+            with contextlib.suppress(OSError):
+                client.sendall(
+                    refusal("400 Bad Request", f"This is no HTTP that can be served ({type(exc).__name__}).")
+                )
+        else:
+            super().handle_error(req, client, addr, exc)
 
     def take_slot(self):
         """Say whether this worker may read now: at most all but one do at a time, so that one is free for webhooks."""
@@ -123,10 +143,6 @@ class Worker(SyncWorker):
 
 worker_class = Worker
 SLOTS = tempfile.TemporaryFile(dir=worker_tmp_dir)  # a byte a slot; record locks belong to a process, not to the file
-BUSY = (
-    b"HTTP/1.1 503 Service Unavailable\r\nConnection: close\r\nRetry-After: 1\r\nContent-Type: application/json\r\n\r\n"
-    b'{"error": "Other readers keep all workers but the one for webhooks; try again, or raise WEB_CONCURRENCY."}\n'
-)
 DEFERRED = hasattr(socket, "TCP_DEFER_ACCEPT")
 
 
