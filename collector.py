@@ -642,7 +642,7 @@ def select_neighbours(connection, id_):
 
 def check_writable(database):
     """Commit a row; raise sqlite3.Error or OSError if that cannot be done."""
-    with database.turn(wait=1) as connection:
+    with database.turn(wait=0.01 if database.in_trouble else 0.5) as connection:
         sql = "INSERT INTO health VALUES (1, :at) ON CONFLICT DO UPDATE SET checked_at = :at"
         connection.execute(sql, {"at": now()})
 
@@ -704,7 +704,7 @@ class Spool:
 
     def put(self, received_at, resource, body):
         """Write a delivery to disk, synced; raise OSError if that cannot be done."""
-        self.folder.mkdir(parents=True, exist_ok=True)
+        self.folder.mkdir(exist_ok=True)
         name = f"{time.time_ns():020}-{os.getpid()}"
         part = self.folder / f"{name}.part"
         try:

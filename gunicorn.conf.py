@@ -122,15 +122,15 @@ class Worker(SyncWorker):
             client.close()
 
     def handle_error(self, req, client, addr, exc):
-        if isinstance(exc, ParseException):
-            # gunicorn would log the whole of a line that may have megabytes.
-            self.log.warning("No HTTP that can be served from %s: %s", (addr or ["a socket"])[0], type(exc).__name__)
-            with contextlib.suppress(OSError):
-                client.sendall(
-                    refusal("400 Bad Request", f"This is no HTTP that can be served ({type(exc).__name__}).")
-                )
-        else:
+        if not isinstance(exc, ParseException):
             super().handle_error(req, client, addr, exc)
+            return
+        # gunicorn would log the whole of a line that may have megabytes.
+        name = type(exc).__name__
+        self.log.warning("no HTTP that can be served, from %s: %s", addr[0] if addr else "a socket", name)
+        status = STATUSES.get(name, "400 Bad Request")
+        with contextlib.suppress(OSError):
+            client.sendall(refusal(status, f"This is no HTTP that can be served ({name}); send a plain request."))
 
     def take_slot(self):
         """Say whether this worker may read now: at most all but one do at a time, so that one is free for webhooks."""
@@ -143,6 +143,7 @@ class Worker(SyncWorker):
 
 worker_class = Worker
 SLOTS = tempfile.TemporaryFile(dir=worker_tmp_dir)  # a byte a slot; record locks belong to a process, not to the file
+STATUSES = {"LimitRequestLine": "414 URI Too Long", "LimitRequestHeaders": "431 Request Header Fields Too Large"}
 DEFERRED = hasattr(socket, "TCP_DEFER_ACCEPT")
 
 
