@@ -990,7 +990,8 @@ def read_options():
 
 def main():
     options = read_options()
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that servers and folders are cleared away
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, lambda number, _: sys.exit(128 + number))  # so that servers and folders are cleared away
     with ExitStack() as stack:
         file = stack.enter_context(options.csv.open("w", newline="")) if options.csv else None
         folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="collector-benchmark-")))

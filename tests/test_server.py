@@ -341,12 +341,12 @@ def test_spooled_deliveries_enter_at_the_next_start_health_check_or_webhook(make
     assert {row["received_at"] for row in server.get("/errors")} == {"2025-01-02T03:04:05.000000Z"}
 
 
-def test_a_spool_of_twenty_thousand_enters_while_webhooks_come_in(make_server):
+def test_a_long_spool_enters_while_webhooks_come_in(make_server):
     server = make_server()
     wait_for_workers(server)
     file, spool = server.folder / "delivery", server.folder / "data" / "spool"
     file.write_bytes(b'["2025-01-02T03:04:05.000000Z", "error"]\n' + wire(numbered(0)))
-    for number in range(20_000):
+    for number in range(5_000):
         os.link(file, spool / f"{number:020}-1.delivery")
     slowest, number, deadline = 0, 0, time.monotonic() + 30
     while spooled(server) and time.monotonic() < deadline:
@@ -564,19 +564,34 @@ def test_a_rolling_restart_refuses_no_connection_and_loses_no_delivery(make_serv
 
 def test_readers_that_wait_for_each_other_keep_no_webhook_waiting(make_server):
     server = make_server()
+    wait_for_workers(server)
     server.deliver(BIG)
     slow = connect(server, b"GET /errors/1/payload HTTP/1.1\r\nHost: x\r\n\r\n", receive=4096)
     assert slow.recv(1) == b"H"
-    reads = [connect(server, b"GET /errors HTTP/1.1\r\nHost: x\r\n\r\n") for _ in range(10)]
+    before = workers(server)
+    for pid in before:
+        hard = resource.prlimit(pid, resource.RLIMIT_NOFILE)[1]
+        resource.prlimit(pid, resource.RLIMIT_NOFILE, (200, hard))
+    reads = [connect(server, b"GET /errors HTTP/1.1\r\nHost: x\r\n\r\n") for _ in range(500)]
     seconds, (status, _) = timed(server.deliver, numbered(1))
     slow.close()
     assert {read_to_end(read).split(b" ")[1] for read in reads} <= {b"200", b"503"}
     assert status == 201 and seconds < 1, seconds
+    assert workers(server) == before
 
 
-def test_connections_that_speak_no_http_keep_no_webhook_waiting(shared):
-    for _ in range(10):
-        connect(shared, b"no HTTP\r\n\r\n")
+@pytest.mark.parametrize(
+    "data",
+    [
+        b"no HTTP\r\n\r\n",
+        b"POST no HTTP\r\n\r\n",
+        POST + b"Transfer-Encoding: chunked\r\n\r\n",
+        POST + b"Content-Length: 999999999\r\n\r\n",
+    ],
+)
+def test_clients_that_do_not_close_after_a_refusal_keep_no_webhook_waiting(shared, data):
+    for _ in range(8):
+        connect(shared, data)
     seconds, (status, _) = timed(shared.deliver, numbered(1))
     assert status in (200, 201) and seconds < 1, seconds
 
