@@ -19,6 +19,8 @@ import collector  # noqa: E402
 REQUEST_SECONDS = 5  # for a request to arrive whole; Sentry ends its own after that
 REPLY_SECONDS = 5  # more for the reply to be taken, or its next part
 SLOT_SECONDS = 3  # for another reader to end
+LEAVING_SECONDS = 1  # for a client to take a refusal
+MOST_ASIDE = 50  # connections of a kind that a worker keeps aside
 
 settings = collector.read_settings()
 collector.check_folder(settings["DATABASE_URL"])
@@ -47,6 +49,7 @@ class Worker(SyncWorker):
     def __init__(self, *arguments, **options):
         super().__init__(*arguments, **options)
         self.parked = []  # readers who wait for a slot: (until when, listener, client, address)
+        self.leaving = []  # connections that were refused, until their clients have the reply: (until when, client)
 
     def init_signals(self):
         super().init_signals()
@@ -79,7 +82,9 @@ class Worker(SyncWorker):
         with contextlib.suppress(OSError):
             head = client.recv(11, socket.MSG_PEEK | socket.MSG_DONTWAIT)
         reads = not head.startswith((b"POST ", b"GET /health")) and not b"POST ".startswith(head)
-        if reads and not self.take_slot():
+        if reads and len(self.parked) >= MOST_ASIDE:
+            self.refuse(client)
+        elif reads and not self.take_slot():
             self.parked.append((time.monotonic() + SLOT_SECONDS, listener, client, addr))
         else:
             self.serve(listener, client, addr)
@@ -95,6 +100,8 @@ class Worker(SyncWorker):
             fcntl.lockf(SLOTS, fcntl.LOCK_UN)
 
     def accept(self, listener):
+        while self.leaving and (time.monotonic() > self.leaving[0][0] or len(self.leaving) > MOST_ASIDE):
+            self.leaving.pop(0)[1].close()
         if self.parked and (self.take_slot() or time.monotonic() > self.parked[0][0]):
             until, *connection = self.parked.pop(0)
             if time.monotonic() > until:
@@ -104,7 +111,7 @@ class Worker(SyncWorker):
         super().accept(listener)
 
     def wait(self, timeout):
-        return super().wait(0.005 if self.parked else timeout)
+        return super().wait(0.005 if self.parked else min(timeout, LEAVING_SECONDS) if self.leaving else timeout)
 
     def refuse(self, client):
         """Turn a reader away who has waited in vain."""
@@ -112,14 +119,21 @@ class Worker(SyncWorker):
             client.setblocking(False)
             words = "Other readers keep all workers but the one for webhooks; try again, or raise WEB_CONCURRENCY."
             client.sendall(refusal("503 Service Unavailable", words, "Retry-After: 1\r\n"))
-        client.close()
+        self.let_go(client, unread=True)
         fcntl.lockf(SLOTS, fcntl.LOCK_UN)
 
     def handle_request(self, listener, req, client, addr):
         super().handle_request(listener, req, client, addr)
-        # gunicorn would wait two seconds for the client to close first, which only a body left unread makes worth it.
-        if not getattr(req.body.reader, "length", 1):
-            client.close()
+        self.let_go(client, unread=getattr(req.body.reader, "length", 1))
+
+    def let_go(self, client, unread):
+        """Close a connection after the reply; one with unread data a little later, or the reply would be lost."""
+        # gunicorn waits two seconds for the client to close first, and keeps everybody else waiting.
+        with contextlib.suppress(OSError):
+            if unread:
+                client.shutdown(socket.SHUT_WR)
+                self.leaving.append((time.monotonic() + LEAVING_SECONDS, client.dup()))
+        client.close()
 
     def handle_error(self, req, client, addr, exc):
         if not isinstance(exc, ParseException):
@@ -131,6 +145,7 @@ class Worker(SyncWorker):
         status = STATUSES.get(name, "400 Bad Request")
         with contextlib.suppress(OSError):
             client.sendall(refusal(status, f"This is no HTTP that can be served ({name}); send a plain request."))
+        self.let_go(client, unread=True)
 
     def take_slot(self):
         """Say whether this worker may read now: at most all but one do at a time, so that one is free for webhooks."""

@@ -406,10 +406,19 @@ def fetch(port, request):
     return time.perf_counter() - started, int(reply[9:12] or 0)
 
 
+def start_process(target, *arguments):
+    """Start a process that runs a function; an interrupt from the terminal is left to its parent, which ends it."""
+    kept = signal.signal(signal.SIGINT, signal.SIG_IGN)
+    try:
+        process = fork.Process(target=target, args=arguments, daemon=True)
+        process.start()
+    finally:
+        signal.signal(signal.SIGINT, kept)
+    return process
+
+
 def run_client(pipe, address, requests, start, end):
     """Send requests one after the other from `start` to `end` (monotonic); send what came of it through a pipe."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent ends its clients
-    signal.signal(signal.SIGTERM, signal.SIG_DFL)
     latencies, statuses, clock = array("d"), Counter(), time.monotonic
     time.sleep(max(start - clock(), 0))
     before = resource.getrusage(resource.RUSAGE_SELF)
@@ -441,9 +450,8 @@ def load(port, requests, seconds, again=False, at_end=()):
         mine = itertools.cycle(requests[index::CLIENTS]) if again else requests[index::CLIENTS]
         reader, writer = fork.Pipe(duplex=False)
         # An address for each client, because one alone would run out of ports.
-        arguments = (writer, (f"127.0.0.{index + 1}", port), mine, start, start + seconds)
-        clients.append((fork.Process(target=run_client, args=arguments, daemon=True), reader))
-        clients[-1][0].start()
+        address = (f"127.0.0.{index + 1}", port)
+        clients.append((start_process(run_client, writer, address, mine, start, start + seconds), reader))
         writer.close()
     if at_end:
         time.sleep(max(start + 0.6 * seconds - time.monotonic(), 0))
@@ -817,8 +825,6 @@ def read_both(targets, count, seconds=5):
 
 def read_on(port, paths, pause, counts):
     """Read some paths over and over, to their ends, a piece and a pause at a time; count replies and refusals."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    signal.signal(signal.SIGTERM, signal.SIG_DFL)
     for path in itertools.cycle(paths):
         with suppress(OSError), socket.create_connection(("127.0.0.1", port), 20) as connection:
             connection.sendall(get(path))
@@ -832,8 +838,6 @@ def read_on(port, paths, pause, counts):
 
 def read_long(path, counts):
     """Keep one read transaction open and busy, as somebody's sqlite3 shell may."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    signal.signal(signal.SIGTERM, signal.SIG_DFL)
     with closing(sqlite3.connect(path, isolation_level=None)) as connection:
         connection.execute("BEGIN")
         while True:
@@ -846,8 +850,7 @@ class Neighbour:
 
     def __init__(self, target, *arguments):
         self.counts = fork.Array("Q", 3, lock=False)
-        self.process = fork.Process(target=target, args=(*arguments, self.counts), daemon=True)
-        self.process.start()
+        self.process = start_process(target, *arguments, self.counts)
 
     def stop(self):
         self.process.kill()
