@@ -588,8 +588,9 @@ def narrow(connection, filters):
     """Return `filters` with what takes a look: a short id made an issue id, times with the bounds they give for ids."""
     found = dict(filters)
     if "issue" in filters:
-        sql = "SELECT coalesce(max(issue_id), :issue) FROM errors WHERE short_id = :issue"
-        found["issue"] = connection.execute(sql, filters).fetchone()[0]
+        sql = "SELECT issue_id FROM errors WHERE short_id = :issue AND issue_id IS NOT NULL ORDER BY id DESC LIMIT 1"
+        row = connection.execute(sql, filters).fetchone()
+        found["issue"] = row["issue_id"] if row else filters["issue"]
     if "since" in filters or "until" in filters:
         # Ids follow the times of receipt but for deliveries that were spooled, so these are bounds and no more. Left to
         # itself SQLite would look for the least id by walking through the table.

@@ -415,8 +415,8 @@ def test_a_full_disk_loses_nothing_acknowledged(small_disk, make_server):
     assert_all_there(server, senders)
 
 
-@pytest.mark.parametrize("stale", ["wal removed", "wal left"])
-def test_a_database_restored_under_the_running_service_is_taken_up(make_server, tmp_path, stale):
+@pytest.mark.parametrize("state", ["running, wal removed", "running, wal left", "killed, wal left"])
+def test_a_restored_database_is_taken_up(make_server, tmp_path, state):
     server, database = make_server(), tmp_path / "server" / "data" / "errors.db"
 
     def deliver(*numbers):
@@ -426,10 +426,14 @@ def test_a_database_restored_under_the_running_service_is_taken_up(make_server, 
     assert deliver(0, 40) == {201}
     back_up(server, tmp_path / "copy.db")
     assert deliver(40, 80) == {201}
-    if stale == "wal removed":
+    if state.startswith("killed"):
+        server.kill()
+    if state.endswith("wal removed"):
         for suffix in ("-wal", "-shm"):
             Path(f"{database}{suffix}").unlink(missing_ok=True)
     os.replace(tmp_path / "copy.db", database)
+    if state.startswith("killed"):
+        server.start()
     assert deliver(80, 120) == {201}
     assert sorted(int(event_id, 16) for event_id in read_all(server)) == [*range(40), *range(80, 120)]
 
