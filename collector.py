@@ -415,6 +415,10 @@ class Database:
         self.kept = threading.local()
         self.in_trouble = False
 
+    def patience(self, seconds):
+        """Return how long to wait for what deserves `seconds`: hardly at all while the last long wait was in vain."""
+        return 0.01 if self.in_trouble else seconds
+
     def patiently(self, attempt, deadline):
         """Call `attempt` until no lock is in its way; at the deadline, or when the service stops, let it fail."""
         while True:
@@ -488,7 +492,7 @@ class Database:
         Raises sqlite3.Error or OSError if the database cannot be written within `wait` seconds. Who has waited in vain
         once does not wait again until a write succeeds: a crowd of waiting deliveries would fill every worker.
         """
-        deadline = time.monotonic() + (wait if wait is not None else 0.01 if self.in_trouble else WAIT_SECONDS)
+        deadline = time.monotonic() + (self.patience(WAIT_SECONDS) if wait is None else wait)
         try:
             with self.locked(deadline) as connection:
                 connection.execute("PRAGMA busy_timeout = 0")  # to wait is `patiently`'s
@@ -522,19 +526,17 @@ class Database:
             lock.close()
 
 
-INSERT = """
-INSERT INTO errors ({columns}, payload_bytes, payload) SELECT {parameters}, :payload_bytes, :payload
+SAME_BYTES = "event_id IS NULL AND issue_id IS NULL AND payload_bytes = :payload_bytes AND payload = :payload"
+INSERT = f"""
+INSERT INTO errors ({", ".join(COLUMNS[1:])}, payload_bytes, payload)
+SELECT {", ".join(f":{name}" for name in COLUMNS[1:])}, :payload_bytes, :payload
 WHERE CASE
     WHEN :event_id IS NOT NULL THEN TRUE  -- the unique index decides
     WHEN :issue_id IS NOT NULL THEN NOT EXISTS (SELECT 1 FROM errors WHERE issue_id = :issue_id)
-    ELSE NOT EXISTS (SELECT 1 FROM errors WHERE {same_bytes})
+    ELSE NOT EXISTS (SELECT 1 FROM errors WHERE {SAME_BYTES})
 END
 ON CONFLICT DO NOTHING RETURNING id
 """
-SAME_BYTES = "event_id IS NULL AND issue_id IS NULL AND payload_bytes = :payload_bytes AND payload = :payload"
-INSERT = INSERT.format(
-    columns=", ".join(COLUMNS[1:]), parameters=", ".join(f":{name}" for name in COLUMNS[1:]), same_bytes=SAME_BYTES
-)
 
 
 def pack(body):
@@ -594,9 +596,12 @@ def narrow(connection, filters):
     if "since" in filters or "until" in filters:
         # Ids follow the times of receipt but for deliveries that were spooled, so these are bounds and no more. Left to
         # itself SQLite would look for the least id by walking through the table.
-        sql = "SELECT min(id), max(id) FROM errors INDEXED BY errors_received_at WHERE received_at BETWEEN ? AND ?"
-        least, most = connection.execute(sql, (filters.get("since", ""), filters.get("until", "~"))).fetchone()
-        found |= {"from_id": least or 0, "to_id": most or 0} if "until" in filters else {"from_id": least or 2**63 - 1}
+        bounds = {"since": ("min(id)", "from_id", 2**63 - 1), "until": ("max(id)", "to_id", 0)}
+        bounds = [bound for key, bound in bounds.items() if key in filters]
+        sql = f"SELECT {', '.join(sought for sought, _, _ in bounds)} FROM errors INDEXED BY errors_received_at"
+        period = (filters.get("since", ""), filters.get("until", "~"))
+        ids = connection.execute(f"{sql} WHERE received_at BETWEEN ? AND ?", period).fetchone()
+        found |= {name: none if id_ is None else id_ for (_, name, none), id_ in zip(bounds, ids, strict=True)}
     return found
 
 
@@ -643,7 +648,7 @@ def select_neighbours(connection, id_):
 
 def check_writable(database):
     """Commit a row; raise sqlite3.Error or OSError if that cannot be done."""
-    with database.turn(wait=0.01 if database.in_trouble else 0.5) as connection:
+    with database.turn(wait=database.patience(0.5)) as connection:
         sql = "INSERT INTO health VALUES (1, :at) ON CONFLICT DO UPDATE SET checked_at = :at"
         connection.execute(sql, {"at": now()})
 
@@ -839,8 +844,9 @@ def trace_lines(frames):
             yield f"[{len(run)} library frame{'s'[: len(run) > 1]}]"
         for frame in [] if library else run:
             yield flat(place(frame), 300)
-            if flat(frame["context_line"] or "", 200):
-                yield "  " + flat(frame["context_line"], 200)
+            line = flat(frame["context_line"] or "", 200)
+            if line:
+                yield f"  {line}"
 
 
 def chain_lines(exceptions):

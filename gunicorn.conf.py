@@ -102,12 +102,10 @@ class Worker(SyncWorker):
     def accept(self, listener):
         while self.leaving and (time.monotonic() > self.leaving[0][0] or len(self.leaving) > MOST_ASIDE):
             self.leaving.pop(0)[1].close()
-        if self.parked and (self.take_slot() or time.monotonic() > self.parked[0][0]):
-            until, *connection = self.parked.pop(0)
-            if time.monotonic() > until:
-                self.refuse(connection[1])
-            else:
-                self.serve(*connection)
+        if self.parked and time.monotonic() > self.parked[0][0]:
+            self.refuse(self.parked.pop(0)[2])
+        elif self.parked and self.take_slot():
+            self.serve(*self.parked.pop(0)[1:])
         super().accept(listener)
 
     def wait(self, timeout):
@@ -120,7 +118,6 @@ class Worker(SyncWorker):
             words = "Other readers keep all workers but the one for webhooks; try again, or raise WEB_CONCURRENCY."
             client.sendall(refusal("503 Service Unavailable", words, "Retry-After: 1\r\n"))
         self.let_go(client, unread=True)
-        fcntl.lockf(SLOTS, fcntl.LOCK_UN)
 
     def handle_request(self, listener, req, client, addr):
         super().handle_request(listener, req, client, addr)

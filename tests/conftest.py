@@ -26,12 +26,17 @@ SETTINGS = (
 ).split()
 
 
+def isolate(patch, folder):
+    """Keep the developer's own settings and .env out: work in `folder`, with no setting in the environment."""
+    for name in SETTINGS:
+        patch.delenv(name, raising=False)
+    patch.chdir(folder)
+
+
 @pytest.fixture(autouse=True)
 def clean_environment(monkeypatch, tmp_path):
     """Keep the developer's own settings and .env out of every test."""
-    for name in SETTINGS:
-        monkeypatch.delenv(name, raising=False)
-    monkeypatch.chdir(tmp_path)
+    isolate(monkeypatch, tmp_path)
 
 
 @pytest.fixture

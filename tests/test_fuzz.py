@@ -6,7 +6,7 @@ import os
 import re
 
 import pytest
-from conftest import SECRET, SETTINGS, event_payload, load, post, sign, wire
+from conftest import SECRET, event_payload, isolate, load, post, sign, wire
 from test_parsing import BASES, FIELD_TABLE, SAMPLES, positions, put
 from test_reading import DETAIL_KEYS, SUMMARY_KEYS, read_text
 
@@ -57,9 +57,7 @@ MORE_PATHS = "exception/values threads stacktrace/frames breadcrumbs/values requ
 def app(tmp_path_factory):
     """Return an app that all examples share, one after another, and that does not wait for the disk."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.chdir(tmp_path_factory.mktemp("fuzz"))
-        for name in SETTINGS:
-            patch.delenv(name, raising=False)
+        isolate(patch, tmp_path_factory.mktemp("fuzz"))
         app = create_app({"SENTRY_ACTIONS": "created,triggered"})
         app.extensions["collector"].database.connection().execute("PRAGMA synchronous = OFF")
         yield app

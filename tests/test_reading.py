@@ -10,7 +10,7 @@ from datetime import UTC, datetime, timedelta
 from urllib.parse import quote, urlsplit
 
 import pytest
-from conftest import SECRET, SETTINGS, count_rows, event_payload, load, post, sign, wire
+from conftest import SECRET, count_rows, event_payload, isolate, load, post, sign, wire
 
 from collector import create_app
 
@@ -404,9 +404,7 @@ def fill(client):
 def filled(tmp_path_factory):
     """Return a client that many tests read from, so it must stay as it is."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.chdir(tmp_path_factory.mktemp("filled"))
-        for name in SETTINGS:
-            patch.delenv(name, raising=False)
+        isolate(patch, tmp_path_factory.mktemp("filled"))
         app = create_app()
         fill(app.test_client())
         yield app.test_client()
