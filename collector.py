@@ -993,7 +993,6 @@ class Collector:
         self.settings, path = settings, settings["DATABASE_URL"]
         self.database, self.spool, self.tally = Database(path), Spool(path.parent / "spool"), Tally()
         self.report = lambda error: None
-        self.keep_alive = lambda: None  # gunicorn.conf.py's: a long export says that its worker lives
         self.pruned_at = -math.inf
 
     def count(self, outcome, reason):
@@ -1379,7 +1378,6 @@ def export(shared, filters, limit):
                 lines.clear()
         left = left - len(rows) if len(rows) == 100 else 0
         filters = filters | ({"after" if oldest_first else "before": rows[-1]["id"]} if rows else {})
-        shared.keep_alive()
     yield "".join(lines)
 
 
@@ -1681,9 +1679,14 @@ def describe_start(shared):
 
 def create_app(config=None):
     """Return the app, its settings from `config` or the environment (see read_settings), its database made."""
-    start_log()
     settings = read_settings(config)
     check_folder(settings["DATABASE_URL"])
+    return make_app(settings)
+
+
+def make_app(settings):
+    """Return the app of settings that were read and checked, its database made."""
+    start_log()
     app = Flask(__name__, static_folder=None)
     app.url_map.merge_slashes = False  # it would redirect, which Sentry takes for success
     shared = app.extensions["collector"] = Collector(settings)

@@ -1,169 +1,385 @@
 """Settings of gunicorn: `gunicorn` alone, in this folder, starts the service."""
 
 import contextlib
+import errno
 import fcntl
 import logging
-import select
-import signal
+import math
+import os
+import re
+import selectors
 import socket
 import sys
 import tempfile
 import time
+from collections import deque
+from datetime import datetime
 
-from gunicorn.http.errors import ParseException
+from gunicorn import http
+from gunicorn.http import wsgi
+from gunicorn.http.errors import LimitRequestHeaders, NoMoreData, ParseException
 from gunicorn.workers.sync import SyncWorker
 
-sys.modules.pop("collector", None)  # a reload takes up new code
-import collector  # noqa: E402
+log = logging.getLogger("collector")
+previous = sys.modules.pop("collector", None)  # a reload takes up new code
+try:
+    import collector
+
+    collector.settings_in_use = settings = collector.read_settings()
+    collector.check_folder(settings["DATABASE_URL"])
+except BaseException as fault:  # SystemExit, too, is what a bad setting raises
+    if previous is None:
+        raise
+    log.error("cannot reload, going on as before: %s: %s", type(fault).__name__, fault)
+    collector = sys.modules["collector"] = previous
+    settings = collector.settings_in_use
 
 REQUEST_SECONDS = 5  # for a request to arrive whole; Sentry ends its own after that
-REPLY_SECONDS = 5  # more for the reply to be taken, or its next part
-SLOT_SECONDS = 3  # for another reader to end
+REPLY_SECONDS = 5  # for a client to take something more of the reply
+TURN_SECONDS = 3  # for a reader to wait for other readers
 LEAVING_SECONDS = 1  # for a client to take a refusal
-MOST_ASIDE = 50  # connections of a kind that a worker keeps aside
+STOPPING_SECONDS = 1.5  # for what is in hand when the worker is told to end
+HEAD_BYTES = 65536  # of a request
+PART_BYTES = 65536  # of a reply that are worth sending before more of it is made
+MOST_AT_ONCE = 10  # webhooks served before a reader gets a turn
+MOST_READERS = 50  # that wait for their turn in one worker
+MOST_KEPT = 300  # connections, and
+MOST_KEPT_BYTES = max(16 * 1024 * 1024, 2 * settings["MAX_BODY_BYTES"])  # bytes of theirs, that a worker keeps
 
-settings = collector.read_settings()
-collector.check_folder(settings["DATABASE_URL"])
 bind = f"0.0.0.0:{settings['PORT']}"
 workers = settings["WEB_CONCURRENCY"]
 wsgi_app = "collector:create_app()"
-timeout = 15  # a backstop: the worker cuts slow clients off by itself
+timeout = 15  # a backstop: no client can hold a worker
 graceful_timeout = 2
 worker_tmp_dir = "/dev/shm"  # a heartbeat on a busy disk would block
 forwarder_headers = ""  # nobody in front moves this service to another path
 control_socket_disable = True  # it needs a writable home
 proc_name = "sentry-error-collector"
 
+BODY = re.compile(rb"\r\n(?:Content-Length:[ \t]*([0-9]{1,18})|Transfer-Encoding:)", re.IGNORECASE)
+CONTINUE = re.compile(rb"\r\nExpect:[ \t]*100-continue[ \t]*\r\n", re.IGNORECASE)
+BY_THEMSELVES = b"POST ", b"\r\nPOST ", b"GET /health"  # requests that wait for no reader
+STATUSES = {
+    "LimitRequestLine": "414 URI Too Long",
+    "LimitRequestHeaders": "431 Request Header Fields Too Large",
+    "NoMoreData": "408 Request Timeout",
+}
+SLOTS = tempfile.TemporaryFile(dir=worker_tmp_dir)  # a byte a slot; record locks belong to a process, not to the file
 
-def refusal(status, words, header=""):
-    """Return an HTTP response (bytes) in the one shape of errors."""
-    head = f"HTTP/1.1 {status}\r\nConnection: close\r\nContent-Type: application/json\r\n{header}\r\n"
-    return (head + collector.as_json({"error": words})).encode()
+
+class Connection:
+    """A client's connection: its request as it comes, its reply as it goes. gunicorn takes it for the socket."""
+
+    def __init__(self, client, addr):
+        self.client, self.addr = client, addr
+        self.request, self.head_length = bytearray(), 0
+        self.said, self.length = math.inf, math.inf  # bytes that the client means to send, bytes that are waited for
+        self.reply, self.parts = bytearray(), None  # parts makes more of the reply
+        self.has_begun = self.is_made = False  # about the reply: some of it has been sent, all of it is there
+        self.then, self.until = None, 0  # what to do when the client has moved, and how long to wait for that
+
+    def fileno(self):
+        return self.client.fileno()
+
+    def size(self):
+        return len(self.request) + len(self.reply)
+
+    def receive(self):
+        """Take in what has come; say whether that is the whole request, or no more of it will come."""
+        try:
+            data = self.client.recv(max(65536, self.length - len(self.request)) if self.head_length else 65536)
+        except BlockingIOError:
+            return False
+        except OSError:
+            data = b""
+        self.request += data
+        if not self.head_length:
+            self.measure()
+        return not data or len(self.request) >= self.length
+
+    def measure(self):
+        """Find out how long the request is, once its head is here."""
+        end = self.request.find(b"\r\n\r\n") + 4
+        if end < 4:
+            if len(self.request) > HEAD_BYTES or b"\n\n" in self.request:  # this is no head, nor will be
+                self.length = 0
+            return
+        found = BODY.search(self.request, 0, end)
+        self.head_length, self.said = end, end + (int(found[1] or 2**63) if found else 0)
+        is_wanted = self.request.startswith(BY_THEMSELVES) and self.said - end <= settings["MAX_BODY_BYTES"]
+        self.length = self.said if is_wanted else end
+        if len(self.request) < self.length and CONTINUE.search(self.request, 0, end):
+            with contextlib.suppress(OSError):
+                self.client.send(b"HTTP/1.1 100 Continue\r\n\r\n")
+
+    def take_request(self):
+        """Return the request as the pieces that gunicorn reads."""
+        end = self.head_length or len(self.request)
+        pieces = [bytes(self.request[:end]), bytes(self.request[end:])]
+        self.said -= len(self.request)
+        self.request = b""
+        return pieces
+
+    def sendall(self, data):
+        self.reply += data
+
+    def send(self, data):
+        """Pass over gunicorn's 100 Continue, for which it is too late."""
+        return len(data)
+
+    def flush(self):
+        """Send what the client takes now of the reply."""
+        with contextlib.suppress(BlockingIOError):
+            while self.reply:
+                del self.reply[: self.client.send(self.reply)]
+                self.has_begun = True
 
 
 class Worker(SyncWorker):
-    """A sync worker that no client can hold for longer than a few seconds."""
+    """A sync worker that no client can hold.
 
-    client = None
+    It serves one request at a time, each once it is here whole, and sends a reply as its client takes it. Webhooks go
+    first. Readers take turns, part by part of a long reply, and at most all workers but one do so at a time.
+    """
 
-    def __init__(self, *arguments, **options):
-        super().__init__(*arguments, **options)
-        self.parked = []  # readers who wait for a slot: (until when, listener, client, address)
-        self.leaving = []  # connections that were refused, until their clients have the reply: (until when, client)
-
-    def init_signals(self):
-        super().init_signals()
-        signal.signal(signal.SIGALRM, self.cut_off)
+    handle_quit = SyncWorker.handle_exit  # Ctrl-C, too, leaves time for what is in hand
 
     def load_wsgi(self):
-        super().load_wsgi()
-        shared = self.wsgi.extensions["collector"]
-        shared.keep_alive = self.keep_alive
-        shared.database.stopping = lambda: not self.alive
+        self.wsgi = collector.make_app(settings)  # and not of a .env that has changed since
+        self.collector = self.wsgi.extensions["collector"]
+        self.collector.database.stopping = lambda: not self.alive
 
-    def keep_alive(self):
-        """Grant a long reply more time."""
+    def run(self):
+        self.kept, self.readers = {}, deque()  # kept is in the order in which the clients moved
+        self.selector, self.expired_at, self.has_more_to_do = selectors.DefaultSelector(), 0, False
+        for source in (*self.sockets, self.PIPE[0]):
+            self.selector.register(source, selectors.EVENT_READ)
+        for listener in self.sockets:
+            listener.setblocking(False)
+        while self.alive:
+            self.step(self.sockets)
+        until = time.monotonic() + STOPPING_SECONDS
+        for listener in self.sockets:
+            self.selector.unregister(listener)
+            while self.accept(listener):  # who has connected is not refused
+                pass
+        while (self.readers or any(map(Connection.size, self.kept))) and time.monotonic() < until:
+            self.step(())
+
+    def step(self, listeners):
+        """Serve some webhooks and a part of a reader's reply, or wait for clients if there are none."""
         self.notify()
-        signal.setitimer(signal.ITIMER_REAL, REPLY_SECONDS, REPLY_SECONDS)
+        is_busy = False
+        for _ in range(MOST_AT_ONCE):
+            if not sum(map(self.accept, listeners)):
+                break
+            is_busy = True
+        is_busy |= self.serve_reader()
+        if self.kept or not is_busy:
+            pause = 0.005 if self.readers else 0.1 if self.kept else 0.5
+            is_busy |= self.watch(0 if is_busy or self.has_more_to_do else pause)
+        if not is_busy:
+            self.has_more_to_do = self.collector.keep_house()
+            if not self.is_parent_alive():
+                self.alive = False
 
-    def cut_off(self, sig, frame):
-        """End the reading first, which harms no request that is here; the second time end the connection."""
-        with contextlib.suppress(OSError):
-            self.client.shutdown(self.cut)
-        self.cut = socket.SHUT_RDWR
-
-    def handle(self, listener, client, addr):
-        # With TCP_DEFER_ACCEPT a connection comes with its first bytes; one without has been silent all that time.
-        if DEFERRED and not select.select([client], [], [], 0)[0]:
-            client.close()
-            return
-        # A reader who has to wait is put aside, so that no webhook waits behind him.
-        head = b""
-        with contextlib.suppress(OSError):
-            head = client.recv(11, socket.MSG_PEEK | socket.MSG_DONTWAIT)
-        reads = not head.startswith((b"POST ", b"GET /health")) and not b"POST ".startswith(head)
-        if reads and len(self.parked) >= MOST_ASIDE:
-            self.refuse(client)
-        elif reads and not self.take_slot():
-            self.parked.append((time.monotonic() + SLOT_SECONDS, listener, client, addr))
-        else:
-            self.serve(listener, client, addr)
-
-    def serve(self, listener, client, addr):
-        """Serve a connection, for so long as the limits allow."""
-        self.client, self.cut = client, socket.SHUT_RD
-        signal.setitimer(signal.ITIMER_REAL, REQUEST_SECONDS, REPLY_SECONDS)
-        try:
-            super().handle(listener, client, addr)
-        finally:
-            signal.setitimer(signal.ITIMER_REAL, 0)
-            fcntl.lockf(SLOTS, fcntl.LOCK_UN)
+    def watch(self, seconds):
+        """Go on with the connections whose clients have moved or have had their time; say whether there are any."""
+        events = self.selector.select(seconds)
+        for key, _ in events:
+            if key.fd == self.PIPE[0]:
+                os.read(key.fd, 4096)
+            elif key.fileobj in self.kept:  # and not dropped just now
+                key.fileobj.then(key.fileobj)
+        now = time.monotonic()
+        if self.kept and now > self.expired_at + 0.1:
+            self.expired_at = now
+            for connection in [connection for connection in self.kept if connection.until < now]:
+                if connection.then == self.receive and connection.request:
+                    self.take(connection)
+                else:
+                    self.drop(connection)
+        return bool(events)
 
     def accept(self, listener):
-        while self.leaving and (time.monotonic() > self.leaving[0][0] or len(self.leaving) > MOST_ASIDE):
-            self.leaving.pop(0)[1].close()
-        if self.parked and time.monotonic() > self.parked[0][0]:
-            self.refuse(self.parked.pop(0)[2])
-        elif self.parked and self.take_slot():
-            self.serve(*self.parked.pop(0)[1:])
-        super().accept(listener)
+        """Accept a connection and serve it if it brings a webhook; say whether there was one."""
+        try:
+            client, addr = listener.accept()
+        except OSError as error:
+            if error.errno in (errno.EMFILE, errno.ENFILE) and self.kept:
+                self.drop(next(iter(self.kept)))
+                return True
+            return error.errno == errno.ECONNABORTED
+        client.setblocking(False)
+        self.receive(Connection(client, addr))
+        return True
 
-    def wait(self, timeout):
-        return super().wait(0.005 if self.parked else min(timeout, LEAVING_SECONDS) if self.leaving else timeout)
+    def receive(self, connection):
+        if connection.receive():
+            self.take(connection)
+        elif connection.then is None:
+            self.keep(connection, self.receive, REQUEST_SECONDS)
 
-    def refuse(self, client):
-        """Turn a reader away who has waited in vain."""
-        with contextlib.suppress(OSError):
-            client.setblocking(False)
-            words = "Other readers keep all workers but the one for webhooks; try again, or raise WEB_CONCURRENCY."
-            client.sendall(refusal("503 Service Unavailable", words, "Retry-After: 1\r\n"))
-        self.let_go(client, unread=True)
+    def take(self, connection):
+        """Serve a request of which no more will come, or let it wait for its turn."""
+        self.release(connection)
+        if not connection.request:
+            self.drop(connection)
+        elif connection.request.startswith(BY_THEMSELVES):
+            self.serve(connection)
+        elif len(self.readers) < MOST_READERS:
+            self.line_up(connection)
+        else:
+            self.turn_away(connection)
 
-    def handle_request(self, listener, req, client, addr):
-        super().handle_request(listener, req, client, addr)
-        self.let_go(client, unread=getattr(req.body.reader, "length", 1))
+    def line_up(self, connection):
+        connection.until = time.monotonic() + TURN_SECONDS
+        self.readers.append(connection)
 
-    def let_go(self, client, unread):
-        """Close a connection after the reply; one with unread data a little later, or the reply would be lost."""
-        # gunicorn waits two seconds for the client to close first, and keeps everybody else waiting.
-        with contextlib.suppress(OSError):
-            if unread:
-                client.shutdown(socket.SHUT_WR)
-                self.leaving.append((time.monotonic() + LEAVING_SECONDS, client.dup()))
-        client.close()
-
-    def handle_error(self, req, client, addr, exc):
-        if not isinstance(exc, ParseException):
-            super().handle_error(req, client, addr, exc)
-            return
-        # gunicorn would log the whole of a line that may have megabytes.
-        name = type(exc).__name__
-        self.log.warning("no HTTP that can be served, from %s: %s", addr[0] if addr else "a socket", name)
-        status = STATUSES.get(name, "400 Bad Request")
-        with contextlib.suppress(OSError):
-            client.sendall(refusal(status, f"This is no HTTP that can be served ({name}); send a plain request."))
-        self.let_go(client, unread=True)
+    def serve_reader(self):
+        """Serve the reader who has waited longest, if a slot is free; say whether one was served."""
+        while self.readers and self.readers[0].parts is None and self.readers[0].until < time.monotonic():
+            self.turn_away(self.readers.popleft())
+        if not self.readers or not self.take_slot():
+            return False
+        try:
+            self.serve(self.readers.popleft())
+        finally:
+            fcntl.lockf(SLOTS, fcntl.LOCK_UN)
+        return True
 
     def take_slot(self):
-        """Say whether this worker may read now: at most all but one do at a time, so that one is free for webhooks."""
-        for slot in range(workers - 1):
+        """Say whether this worker may serve a reader now: at most all but one do at a time."""
+        for slot in range(max(self.cfg.workers - 1, 1)):
             with contextlib.suppress(OSError):
                 fcntl.lockf(SLOTS, fcntl.LOCK_EX | fcntl.LOCK_NB, 1, slot)
                 return True
-        return workers == 1
+        return False
+
+    def serve(self, connection):
+        """Make the next part of a reply, and send what the client takes of it."""
+        try:
+            connection.parts = connection.parts or self.make_reply(connection)
+            for _ in connection.parts:
+                if connection.is_made or len(connection.reply) > PART_BYTES:
+                    break
+        except (ParseException, NoMoreData) as error:
+            self.refuse(connection, error)
+        except Exception:
+            self.log.exception("fault in a request")
+            self.end(connection, "500 Internal Server Error", "A fault of the collector's own; its log says more.")
+        else:
+            self.send(connection)
+
+    def make_reply(self, connection):
+        """Have the app serve a request; yield after each part of the reply, the last time when it is complete."""
+        if not connection.head_length and len(connection.request) > HEAD_BYTES:
+            raise LimitRequestHeaders("too long")
+        request = next(http.get_parser(self.cfg, connection.take_request(), connection.addr))
+        started, server = datetime.now(), connection.client.getsockname()
+        response, environ = wsgi.create(request, connection, connection.addr, server, self.cfg)
+        response.force_close()
+        self.nr += 1
+        if self.nr >= self.max_requests:
+            self.alive = False
+        parts = self.wsgi(environ, response.start_response)
+        try:
+            for part in parts:
+                response.write(part)
+                yield
+            response.close()
+            connection.is_made = True
+            self.log.access(response, request, environ, datetime.now() - started)
+            yield
+        finally:
+            parts.close()
+
+    def send(self, connection):
+        """Send what the client takes now; go on to the next part if that is all, or let the client go."""
+        try:
+            connection.flush()
+            if connection.reply:
+                self.keep(connection, self.send, REPLY_SECONDS, selectors.EVENT_WRITE)
+            elif not connection.is_made:
+                self.release(connection)
+                self.line_up(connection)
+            elif connection.said <= 0:
+                self.drop(connection)
+            else:  # to close now would reset the connection, and the reply be lost
+                connection.client.shutdown(socket.SHUT_WR)
+                self.keep(connection, self.discard, LEAVING_SECONDS)
+        except OSError:
+            self.drop(connection)
+
+    def discard(self, connection):
+        """Pass over what a client sends that has been refused, until it closes."""
+        with contextlib.suppress(BlockingIOError, ConnectionError):
+            if connection.client.recv(1 << 20):
+                return
+        self.drop(connection)
+
+    def refuse(self, connection, error):
+        """Reply to what is no HTTP that can be served."""
+        name = type(error).__name__
+        status = STATUSES.get(name, "400 Bad Request")
+        if not isinstance(error, NoMoreData):
+            # gunicorn would log the whole of a line that may have megabytes.
+            self.log.warning("no HTTP that can be served, from %s: %s", (connection.addr or ["a socket"])[0], name)
+        words = f"This is no HTTP that can be served ({name}); send a plain request, and all of it."
+        self.end(connection, status, words)
+
+    def turn_away(self, connection):
+        """Refuse a reader who has waited in vain."""
+        words = "Other readers keep all workers but the one for webhooks; try again, or raise WEB_CONCURRENCY."
+        self.end(connection, "503 Service Unavailable", words, "Retry-After: 1\r\n")
+
+    def end(self, connection, status, words, header=""):
+        """Reply in the one shape of errors, or break off a reply that has begun."""
+        if connection.has_begun:
+            self.drop(connection)
+            return
+        head = f"HTTP/1.1 {status}\r\nConnection: close\r\nContent-Type: application/json\r\n{header}\r\n"
+        connection.reply[:] = (head + collector.as_json({"error": words})).encode()
+        connection.is_made, connection.said = True, math.inf
+        self.send(connection)
+
+    def keep(self, connection, then, seconds, events=selectors.EVENT_READ):
+        """Keep a connection until its client moves, for some seconds at most; drop others where there are too many."""
+        self.release(connection)
+        self.selector.register(connection, events)
+        self.kept[connection] = None
+        connection.then, connection.until = then, time.monotonic() + seconds
+        if len(self.kept) > MOST_KEPT:
+            self.drop(next(iter(self.kept)))
+        if sum(map(Connection.size, self.kept)) > MOST_KEPT_BYTES:
+            self.drop(max(self.kept, key=Connection.size))
+
+    def release(self, connection):
+        if connection in self.kept:
+            del self.kept[connection]
+            self.selector.unregister(connection)
+
+    def drop(self, connection):
+        """Close a connection, and have the app do what it left for after the reply."""
+        self.release(connection)
+        connection.client.close()
+        if connection.parts:
+            try:
+                connection.parts.close()
+            except Exception:
+                self.log.exception("fault after a request")
 
 
 worker_class = Worker
-SLOTS = tempfile.TemporaryFile(dir=worker_tmp_dir)  # a byte a slot; record locks belong to a process, not to the file
-STATUSES = {"LimitRequestLine": "414 URI Too Long", "LimitRequestHeaders": "431 Request Header Fields Too Large"}
-DEFERRED = hasattr(socket, "TCP_DEFER_ACCEPT")
 
 
 def on_starting(server):
     """Make the database and log the settings once, before there are workers."""
+    if server.cfg.is_ssl:
+        raise SystemExit("certfile: this service speaks plain HTTP; let a proxy in front end TLS, as in the README")
     start = logging.getLogger("collector.start")
     start.disabled = False
-    collector.create_app()
+    collector.make_app(settings)
     start.disabled = True
 
 
@@ -173,5 +389,5 @@ on_reload = on_starting
 def when_ready(server):
     """Let the kernel keep connections until they bring data: browsers open spare ones."""
     for listener in server.LISTENERS:
-        if DEFERRED and listener.sock.family in (socket.AF_INET, socket.AF_INET6):
+        if hasattr(socket, "TCP_DEFER_ACCEPT") and listener.sock.family in (socket.AF_INET, socket.AF_INET6):
             listener.sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_DEFER_ACCEPT, 30)
