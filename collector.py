@@ -13,17 +13,19 @@ import sqlite3
 import threading
 import time
 import zlib
-from collections import Counter
+from collections import Counter, deque
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing, contextmanager, suppress
 from datetime import UTC, datetime, timedelta
+from itertools import islice
 from pathlib import Path
 
 import click
 from dotenv import dotenv_values
 from flask import Blueprint, Flask, Response, current_app, render_template, request, url_for
 from markupsafe import Markup, escape
-from werkzeug.exceptions import ClientDisconnected, HTTPException, abort
+from werkzeug.exceptions import HTTPException, abort
+from werkzeug.wsgi import ClosingIterator
 
 VERSION = "1.0.0"
 log = logging.getLogger("collector")
@@ -49,11 +51,15 @@ def refuse_constant(name):
     raise ValueError(f"{name} is not JSON")
 
 
+# Made once, because json.loads makes one anew for each call with an option.
+DECODER = json.JSONDecoder(parse_constant=refuse_constant)
+
+
 def parse_body(body):
     """Return the delivery, a dict, in `body` (bytes); raise Refused for anything else."""
     try:
         # Decoded first, because json.loads would guess UTF-16 and UTF-32 from bytes.
-        payload = json.loads(body.decode("utf-8"), parse_constant=refuse_constant)
+        payload = DECODER.decode(body.decode("utf-8"))
     except UnicodeDecodeError:
         raise Refused(400, "not UTF-8", "The body is not UTF-8; send JSON text encoded as UTF-8.") from None
     except RecursionError:
@@ -365,8 +371,12 @@ COLUMNS = (
 ).split()
 SCHEMA_VERSION = 1  # as schema.sql sets it
 WAIT_SECONDS = 3  # for the database's lock; a delivery that waited in vain is spooled
+TURN_SECONDS = 0.5  # for other writers of ours, who take milliseconds unless a long checkpoint is due
 READ_SECONDS = 2  # for a read to wait for a writer, which only the rollback journal asks of it
 LOCAL_FILE_SYSTEMS = "bcachefs btrfs ext2 ext3 ext4 f2fs jfs overlay ramfs reiserfs tmpfs xfs zfs".split()
+CHECKPOINT_CHANGES = 1000  # of rows, about 130 errors: so the WAL stays short and is written over in place
+LONG_WAL_BYTES = 32 * 1024 * 1024  # what only a long foreign read lets it grow to
+SPOOL_BATCH = 50  # spooled deliveries that are moved in one transaction
 DELIVERY_DAYS = 90  # that the counts of deliveries are kept
 
 
@@ -413,11 +423,22 @@ class Database:
         self.path, self.stopping = Path(path), stopping
         self.journal_mode = choose_journal_mode(self.path.parent)
         self.kept = threading.local()
-        self.in_trouble = False
+        self.changes, self.checkpointing = 0, None
+
+    def lock_file(self):
+        """Return the file that writers lock, opened. A byte in it says that somebody has waited in vain for a write."""
+        lock, path = getattr(self.kept, "lock", None), f"{self.path}.lock"
+        if lock is None or identity(lock.fileno()) != identity(path):
+            # A file of its own: to close any other descriptor of the database drops SQLite's locks on it.
+            lock = self.kept.lock = open(path, "ab")
+        return lock
+
+    def is_in_trouble(self):
+        return os.fstat(self.lock_file().fileno()).st_size > 0
 
     def patience(self, seconds):
         """Return how long to wait for what deserves `seconds`: hardly at all while the last long wait was in vain."""
-        return 0.01 if self.in_trouble else seconds
+        return 0.01 if self.is_in_trouble() else seconds
 
     def patiently(self, attempt, deadline):
         """Call `attempt` until no lock is in its way; at the deadline, or when the service stops, let it fail."""
@@ -427,7 +448,7 @@ class Database:
             except (BlockingIOError, sqlite3.OperationalError) as error:
                 if not is_busy(error) or time.monotonic() >= deadline or self.stopping():
                     raise
-            time.sleep(0.0002)
+            time.sleep(0.00005)
 
     def connection(self):
         """Return the kept connection to read with; it is opened on first use, and so after the fork."""
@@ -443,12 +464,13 @@ class Database:
     @contextmanager
     def locked(self, deadline):
         """Hold the lock that all writers take, with a kept connection to the database as it is now."""
-        lock, path = getattr(self.kept, "lock", None), f"{self.path}.lock"
-        if lock is None or identity(lock.fileno()) != identity(path):
-            # A file of its own: to close any other descriptor of the database drops SQLite's locks on it.
-            lock = self.kept.lock = open(path, "ab")
+        lock = self.lock_file()
         # Polled, because a blocking flock knows no deadline.
-        self.patiently(lambda: fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB), deadline)
+        turn = min(deadline, time.monotonic() + TURN_SECONDS)
+        try:
+            self.patiently(lambda: fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB), turn)
+        except BlockingIOError as error:
+            raise BlockingIOError(error.errno, "another process of the collector writes and takes long") from None
         try:
             if self.is_stale():
                 self.discard_foreign_wal()
@@ -460,13 +482,23 @@ class Database:
             fcntl.flock(lock, fcntl.LOCK_UN)
 
     def discard_foreign_wal(self):
-        """Remove the WAL of a database that was replaced while it was open: the new one would take it for its own."""
+        """Remove a WAL that is not of the database beside it, as a restore may leave it: SQLite would apply it."""
         # Before the old connection is closed: its open WAL keeps the inode from being used again.
         kept, wal = getattr(self.kept, "wal", None), f"{self.path}-wal"
-        if kept and kept == identity(wal) and self.kept.identity != identity(self.path):
+        was_replaced = kept and kept == identity(wal) and self.kept.identity != identity(self.path)
+        if was_replaced or (Path(wal).exists() and self.is_complete()):
+            log.warning("the database was replaced; the WAL that was left of the one before is removed")
             for name in (wal, f"{self.path}-shm"):
                 Path(name).unlink(missing_ok=True)
         self.kept.wal = None
+
+    def is_complete(self):
+        """Say whether the database is by its header one without a WAL, as a backup is and one in use never."""
+        # To read the header drops SQLite's locks of this process: only the first connection's are not there yet.
+        if threading.current_thread() is not threading.main_thread():
+            return False
+        with open(self.path, "rb") as file:
+            return file.read(20)[18:] == b"\1\1"
 
     def open(self):
         """Return a connection to the database, its schema applied; the caller holds the lock."""
@@ -476,6 +508,7 @@ class Database:
             connection.execute(f"PRAGMA journal_mode = {self.journal_mode}")
             connection.execute("PRAGMA synchronous = FULL")
             connection.execute("PRAGMA journal_size_limit = 16777216")  # bytes; what a long reader let the WAL grow to
+            connection.execute("PRAGMA wal_autocheckpoint = 0")  # it would hold up the reply to who happens to be next
             if connection.execute("PRAGMA user_version").fetchone()[0] != SCHEMA_VERSION:
                 schema = Path(__file__).with_name("schema.sql").read_text(encoding="utf-8")
                 connection.executescript(f"BEGIN IMMEDIATE; {schema}; COMMIT")
@@ -490,7 +523,7 @@ class Database:
         """Yield a connection inside a write transaction of its own, in turn with all other writers, and commit it.
 
         Raises sqlite3.Error or OSError if the database cannot be written within `wait` seconds. Who has waited in vain
-        once does not wait again until a write succeeds: a crowd of waiting deliveries would fill every worker.
+        tells all workers, and nobody waits again until a write succeeds: a crowd that waits would fill every worker.
         """
         deadline = time.monotonic() + (self.patience(WAIT_SECONDS) if wait is None else wait)
         try:
@@ -498,18 +531,48 @@ class Database:
                 connection.execute("PRAGMA busy_timeout = 0")  # to wait is `patiently`'s
                 try:
                     self.patiently(lambda: connection.execute("BEGIN IMMEDIATE"), deadline)
+                    before = connection.total_changes
                     yield connection
+                    self.changes += connection.total_changes - before
                     self.patiently(lambda: connection.execute("COMMIT"), deadline)
                 finally:
                     if connection.in_transaction:
                         connection.execute("ROLLBACK")
                     connection.execute(f"PRAGMA busy_timeout = {READ_SECONDS * 1000}")
-            self.in_trouble = False
+                if self.is_in_trouble():
+                    os.ftruncate(self.kept.lock.fileno(), 0)
         except (sqlite3.Error, OSError) as error:
-            self.in_trouble = self.in_trouble or wait is None
+            if wait is None:
+                with suppress(OSError):
+                    os.ftruncate(self.lock_file().fileno(), 1)
             if not is_busy(error):
                 self.drop_connection()
             raise
+
+    def checkpoint(self):
+        """Move what the WAL holds into the database, if it is time to; a long one is left to a thread."""
+        if self.changes < CHECKPOINT_CHANGES or (self.checkpointing and self.checkpointing.is_alive()):
+            return
+        self.changes = 0
+        with suppress(FileNotFoundError):  # another journal mode has no WAL
+            if os.stat(f"{self.path}-wal").st_size < LONG_WAL_BYTES:
+                self.run_checkpoint()
+            else:  # deliveries are spooled meanwhile, not kept waiting
+                self.checkpointing = threading.Thread(target=self.run_long_checkpoint, daemon=True)
+                self.checkpointing.start()
+
+    def run_checkpoint(self):
+        # In turn with the writers: SQLite before 3.51.3 may corrupt a WAL that is written and reset at once.
+        with self.locked(time.monotonic() + TURN_SECONDS) as connection:
+            connection.execute("PRAGMA wal_checkpoint(PASSIVE)").fetchall()
+
+    def run_long_checkpoint(self):
+        try:
+            self.run_checkpoint()
+        except (sqlite3.Error, OSError) as error:
+            log.warning("a checkpoint of the WAL has to be made again: %s", error)
+        finally:
+            self.close()
 
     def drop_connection(self):
         """Close the kept connection; the next use opens one anew."""
@@ -684,13 +747,13 @@ class Tally:
         self.credit -= 1
         return True
 
-    def write(self, connection, outcome=None):
-        """Add the counts, and one of `outcome`, in the caller's transaction; clear `pending` after its commit."""
+    def write(self, connection, outcomes=()):
+        """Add the counts, and `outcomes`, in the caller's transaction; clear `pending` after its commit."""
         sql = """INSERT INTO deliveries VALUES (?, ?, ?, ?, ?)
             ON CONFLICT DO UPDATE SET count = count + excluded.count, last_at = max(last_at, excluded.last_at)"""
         at = now()
         counts = [(*key, *value) for key, value in self.pending.items()]
-        counts += [(at[:10], outcome, "", 1, at)] if outcome else []
+        counts += [(at[:10], outcome, "", count, at) for outcome, count in Counter(outcomes).items()]
         connection.executemany(sql, counts)
         connection.execute("DELETE FROM deliveries WHERE day < ?", (now(DELIVERY_DAYS)[:10],))
 
@@ -706,7 +769,7 @@ class Spool:
     """A folder of deliveries that the database could not take yet, a file each, their names in order of receipt."""
 
     def __init__(self, folder):
-        self.folder = Path(folder)
+        self.folder, self.queue, self.unreadable = Path(folder), deque(), set()
 
     def put(self, received_at, resource, body):
         """Write a delivery to disk, synced; raise OSError if that cannot be done."""
@@ -728,42 +791,51 @@ class Spool:
         finally:
             os.close(folder)
 
-    def waiting(self):
-        """Return the files that wait, the oldest first."""
+    def names(self):
+        """Return the names of the files that wait, in no order."""
         try:
-            names = sorted(name for name in os.listdir(self.folder) if name.endswith(".delivery"))
-            return [self.folder / name for name in names]
+            return [name for name in os.listdir(self.folder) if name.endswith(".delivery")]
         except OSError:
             return []
 
-    def drain(self, database, read_row, seconds=0.2):
-        """Move deliveries into the database for about `seconds`, in order, a short transaction at a time.
+    def drain(self, database, read_row, seconds=0.05):
+        """Move deliveries into the database for about `seconds`, in order; say whether more of them wait.
 
         `read_row` makes a row of a resource, a time and a body. A file is removed after the commit; should that fail,
         the database knows the delivery when it comes again.
         """
-        until, files = time.monotonic() + seconds, self.waiting()
-        while files and time.monotonic() < until:
-            batch, files = files[:50], files[50:]
+        if not self.queue:
+            # Listed once for all that wait: there may be many thousands of them.
+            self.queue = deque(sorted(name for name in self.names() if name not in self.unreadable))
+        until = time.monotonic() + seconds
+        while self.queue and time.monotonic() < until:
+            batch = [self.folder / name for name in islice(self.queue, SPOOL_BATCH)]
             with database.turn(wait=0.01) as connection:
                 for file in batch:
                     self.move(file, connection, read_row)
             for file in batch:
-                file.unlink(missing_ok=True)
+                self.queue.popleft()
+                if file.name not in self.unreadable:
+                    file.unlink(missing_ok=True)
             log.info("moved %d spooled deliveries into the database", len(batch))
+        return bool(self.queue)
 
     def move(self, file, connection, read_row):
-        """Insert one spooled delivery; one that makes no error is set aside under another name, for a person to see."""
-        with suppress(FileNotFoundError):  # another worker has just moved it
-            try:
-                head, _, body = file.read_bytes().partition(b"\n")
-                received_at, resource = json.loads(head)
-                insert_error(connection, read_row(body, resource, received_at) | pack(body))
-            except Exception as error:
-                if isinstance(error, OSError) or type(error) in (sqlite3.OperationalError, sqlite3.DatabaseError):
-                    raise  # the fault is not the delivery's
-                aside = file.rename(file.with_suffix(".rejected"))
-                log.error("cannot make an error of a spooled delivery (%s), see %s", type(error).__name__, aside)
+        """Insert one spooled delivery; leave one that can't be read, set one that makes no error aside for a person."""
+        try:
+            head, _, body = file.read_bytes().partition(b"\n")
+            received_at, resource = json.loads(head)
+            insert_error(connection, read_row(body, resource, received_at) | pack(body))
+        except FileNotFoundError:
+            return  # another worker has just moved it
+        except (PermissionError, IsADirectoryError) as error:
+            self.unreadable.add(file.name)
+            log.error("cannot read a spooled delivery, it waits for the next start: %s", error)
+        except Exception as error:
+            if isinstance(error, OSError) or type(error) in (sqlite3.OperationalError, sqlite3.DatabaseError):
+                raise  # the fault is not the delivery's
+            aside = file.rename(file.with_suffix(".rejected"))
+            log.error("cannot make an error of a spooled delivery (%s), see %s", type(error).__name__, aside)
 
 
 def backup(path, target, report):
@@ -982,6 +1054,8 @@ MISSING = (
     "The Sentry-Hook-Signature header is missing: send through an internal integration, which signs. "
     "The legacy WebHooks plugin cannot; it needs SENTRY_CLIENT_SECRET unset."
 )
+RECEIPTS = {"stored": "201 CREATED", "duplicate": "200 OK", "queued": "202 ACCEPTED", "lost": "503 SERVICE UNAVAILABLE"}
+RETRY_AFTER = "5"  # seconds, with a 503
 EXPLAIN_BYTES = 256 * 1024  # of a forged delivery that are worth parsing
 HIDDEN = re.compile(r"[^\w.:-]", re.ASCII)  # in a log line, whatever could end it or pass for another
 
@@ -992,8 +1066,9 @@ class Collector:
     def __init__(self, settings):
         self.settings, path = settings, settings["DATABASE_URL"]
         self.database, self.spool, self.tally = Database(path), Spool(path.parent / "spool"), Tally()
+        self.waiting, self.settling = [], threading.Lock()  # deliveries, and who commits them
         self.report = lambda error: None
-        self.pruned_at = -math.inf
+        self.pruned_at = self.kept_house_at = -math.inf
 
     def count(self, outcome, reason):
         """Count a delivery that needs no transaction, and write the counts where that is cheap."""
@@ -1004,24 +1079,58 @@ class Collector:
                     self.tally.write(connection)
                 self.tally.pending.clear()
 
-    def store(self, body, payload, resource, received_at):
-        """Commit a delivery's error, or spool the delivery; return the outcome and the error's id or None.
-
-        Raises OSError if neither the database nor the spool can be written.
-        """
+    def take(self, body, payload, resource, received_at):
+        """Return a delivery that is to be settled, and waits for that together with those that arrive meanwhile."""
         try:
             row = parse_error(payload, resource, received_at) | pack(body)
-            with self.database.turn() as connection:
-                id_, is_new = insert_error(connection, row)
-                outcome = "stored" if is_new else "duplicate"
-                self.tally.write(connection, outcome)
-            self.tally.pending.clear()
-            return outcome, id_
-        except Exception as error:  # whatever it is, a fault of ours too: Sentry will not send this again
-            self.note("cannot store a delivery, spooling it", error)
-            self.spool.put(received_at, resource, body)
+        except Exception as error:  # a fault of ours, which must not cost the delivery
+            row = error
+        self.waiting.append(Delivery(body, resource, received_at, row))
+        return self.waiting[-1]
+
+    def settle(self, delivery):
+        """Commit a delivery, in one transaction with all that wait; spool what cannot be committed."""
+        with self.settling:
+            if not delivery.outcome:
+                waiting, self.waiting = self.waiting, []
+                self.store(waiting)
+
+    def store(self, deliveries):
+        """Commit deliveries in one transaction, if need be in one each; spool what cannot be committed."""
+        try:
+            self.commit(deliveries)
+        except Exception as error:  # whatever it is: Sentry will not send this again
+            may_be_one = len(deliveries) > 1 and not is_busy(error)  # of them that is the cause
+            for delivery in deliveries:
+                if may_be_one:
+                    self.store([delivery])
+                else:
+                    self.put_aside(delivery, error)
+
+    def commit(self, deliveries):
+        found = []
+        with self.database.turn() as connection:
+            for delivery in deliveries:
+                if isinstance(delivery.row, Exception):
+                    raise delivery.row
+                found.append(insert_error(connection, delivery.row))
+            outcomes = ["stored" if is_new else "duplicate" for _, is_new in found]
+            self.tally.write(connection, outcomes)
+        self.tally.pending.clear()
+        for delivery, outcome, (id_, _) in zip(deliveries, outcomes, found, strict=True):
+            delivery.outcome, delivery.id = outcome, id_
+
+    def put_aside(self, delivery, error):
+        """Spool a delivery that the database could not take; it is lost if that fails too."""
+        self.note("cannot store a delivery, spooling it", error)
+        try:
+            self.spool.put(delivery.received_at, delivery.resource, delivery.body)
+            delivery.outcome = "queued"
             self.tally.add("queued", "database locked" if is_busy(error) else "database not writable")
-            return "queued", None
+        except OSError as spool_error:
+            log.critical("LOST a delivery: neither the database nor the spool can be written: %s", spool_error)
+            delivery.outcome = "lost"
+            self.tally.add("refused", "disk")
 
     def note(self, words, error):
         """Log and report a failure, in words that hold nothing of a delivery."""
@@ -1030,12 +1139,35 @@ class Collector:
         self.report(error)
 
     def keep_house(self):
-        """Do what must not hold a reply up: move what was spooled, delete what is too old, a little at a time."""
-        days = self.settings["RETENTION_DAYS"]
-        with suppress(sqlite3.Error, OSError):
-            self.spool.drain(self.database, lambda body, *about: parse_error(parse_body(body), *about))
-            if days and time.monotonic() - self.pruned_at > 1 and not delete_old_errors(self.database, days):
-                self.pruned_at = time.monotonic()
+        """Do a little of what must not hold a reply up: move what was spooled, delete what is too old, checkpoint.
+
+        Returns whether there is more to do.
+        """
+        self.kept_house_at, days = time.monotonic(), self.settings["RETENTION_DAYS"]
+        try:
+            has_more = self.spool.drain(self.database, lambda body, *about: parse_error(parse_body(body), *about))
+            if days and time.monotonic() - self.pruned_at > 1:
+                if delete_old_errors(self.database, days):
+                    has_more = True
+                else:
+                    self.pruned_at = time.monotonic()
+            self.database.checkpoint()
+        except (sqlite3.Error, OSError):  # the next delivery or health check says so
+            return False
+        return has_more
+
+    def keep_house_at_times(self):
+        """Keep house, unless that was done just now: many deliveries may be replied to at once."""
+        if time.monotonic() - self.kept_house_at > 0.01:
+            self.keep_house()
+
+
+class Delivery:
+    """A delivery that was taken in: what came, the row made of it or what went wrong with that, what became of it."""
+
+    def __init__(self, body, resource, received_at, row):
+        self.body, self.resource, self.received_at, self.row = body, resource, received_at, row
+        self.outcome = self.id = None
 
 
 def collector():
@@ -1051,17 +1183,17 @@ def read_body(limit):
     if length > limit:
         words = f"The delivery has {length} bytes, the limit is {limit}; raise MAX_BODY_BYTES to take it."
         raise Refused(413, "too large", words)
-    try:
-        return request.get_data(cache=False)
-    except (ClientDisconnected, ConnectionError):
+    body = request.environ["wsgi.input"].read(length)
+    if len(body) < length:
         words = f"The delivery broke off before its {length} bytes had come; send it again, faster."
-        raise Refused(400, "cut short", words) from None
+        raise Refused(400, "cut short", words)
+    return body
 
 
 def is_signed(body, given, secrets):
     """Say whether `given` (bytes) is the signature of a body (bytes) by one of the client secrets."""
     keys = [secret.encode("utf-8", "surrogateescape") for secret in secrets]
-    signatures = [hmac.new(key, body, hashlib.sha256).hexdigest().encode() for key in keys]
+    signatures = [hmac.digest(key, body, "sha256").hex().encode() for key in keys]
     return any(hmac.compare_digest(signature, given) for signature in signatures)
 
 
@@ -1105,48 +1237,65 @@ def reason_to_ignore(payload, accepted):
     return "action not accepted", f"action {shown} is not in SENTRY_ACTIONS{mend}"
 
 
-def take_delivery(received_at):
-    """Return the reply to the request's delivery; raise Refused if it is not taken."""
-    shared, settings = collector(), collector().settings
-    body = read_body(settings["MAX_BODY_BYTES"])
-    check_signature(body, request.headers.get("Sentry-Hook-Signature"), settings["SENTRY_CLIENT_SECRET"])
-    payload = parse_body(body)
-    ignored = reason_to_ignore(payload, settings["SENTRY_ACTIONS"])
-    if ignored:
-        shared.count("ignored", ignored[0])
-        return {"status": "ignored", "reason": ignored[1]}
-    try:
-        outcome, id_ = shared.store(body, payload, request.headers.get("Sentry-Hook-Resource"), received_at)
-    except OSError as error:
-        log.critical("LOST a delivery: neither the database nor the spool can be written: %s", error)
-        words = "Neither the database nor the spool can be written; free the disk, and see the collector's log."
-        raise Refused(503, "disk", words) from error
-    return {"status": outcome} | ({"id": id_, "url": f"/errors/{id_}"} if id_ else {})
-
-
 @web.post("/sentry/webhook/")  # Sentry follows no redirect, and takes one for success
 @web.post("/sentry/webhook")
 def receive_webhook():
     """Take a delivery of Sentry's."""
-    received_at, started = now(), time.monotonic()
+    received_at, started, shared = now(), time.monotonic(), collector()
     try:
-        reply = take_delivery(received_at)
+        body = read_body(shared.settings["MAX_BODY_BYTES"])
+        check_signature(body, request.headers.get("Sentry-Hook-Signature"), shared.settings["SENTRY_CLIENT_SECRET"])
+        payload = parse_body(body)
     except Refused as refused:
-        collector().count("refused", refused.reason)
-        log_delivery(started, f"refused {refused.status} {refused.reason}")
+        shared.count("refused", refused.reason)
+        log_delivery(request.environ, started, f"refused {refused.status} {refused.reason}")
         raise
-    log_delivery(started, *(value for key, value in reply.items() if key != "url"))
-    status = {"stored": 201, "queued": 202}.get(reply["status"], 200)
-    response = Response(as_json(reply), status, mimetype=FORMS["json"])
-    if reply["status"] == "stored":
-        response.location = reply["url"]
-    response.call_on_close(collector().keep_house)
+    ignored = reason_to_ignore(payload, shared.settings["SENTRY_ACTIONS"])
+    if ignored:
+        shared.count("ignored", ignored[0])
+        log_delivery(request.environ, started, f"ignored {ignored[1]}")
+        response = Response(as_json({"status": "ignored", "reason": ignored[1]}), mimetype=FORMS["json"])
+    else:
+        resource = request.headers.get("Sentry-Hook-Resource")
+        response = Receipt(shared, shared.take(body, payload, resource, received_at), started)
+    response.call_on_close(shared.keep_house_at_times)
     return response
 
 
-def log_delivery(started, *words):
+class Receipt(Response):
+    """The reply to a delivery, made when the server asks for it: those that it was handed together share a commit."""
+
+    def __init__(self, shared, delivery, started):
+        super().__init__(mimetype=FORMS["json"])
+        self.shared, self.delivery, self.started = shared, delivery, started
+
+    def __call__(self, environ, start_response):
+        return ClosingIterator(self.settle(environ, start_response), [self.settle_at_last, self.close])
+
+    def settle(self, environ, start_response):
+        self.shared.settle(self.delivery)
+        outcome, id_ = self.delivery.outcome, self.delivery.id
+        log_delivery(environ, self.started, outcome, id_)
+        reply, headers = {"status": outcome}, self.headers.to_wsgi_list()
+        if id_:
+            reply |= {"id": id_, "url": f"/errors/{id_}"}
+        if outcome == "stored":
+            headers.append(("Location", reply["url"]))
+        if outcome == "lost":
+            headers.append(("Retry-After", RETRY_AFTER))
+            reply = {"error": "Neither the database nor the spool can be written; free the disk, see the log."}
+        body = as_json(reply).encode()
+        start_response(RECEIPTS[outcome], [*headers, ("Content-Length", str(len(body)))])
+        yield body
+
+    def settle_at_last(self):
+        """Settle the delivery if the server never asked for the reply: what was received is stored."""
+        self.shared.settle(self.delivery)
+
+
+def log_delivery(environ, started, *words):
     """Log a line about a delivery, nothing of its content in it."""
-    about = (request.headers.get(name, "-") for name in ("Sentry-Hook-Resource", "Request-ID"))
+    about = (environ.get(name, "-") for name in ("HTTP_SENTRY_HOOK_RESOURCE", "HTTP_REQUEST_ID"))
     milliseconds = (time.monotonic() - started) * 1000
     log.info(
         "webhook %s; %s; %.0f ms", joined(*words), joined(*(HIDDEN.sub("?", word)[:40] for word in about)), milliseconds
@@ -1384,7 +1533,7 @@ def export(shared, filters, limit):
 def describe_state():
     """Return what the database and the spool hold; of a database that cannot be read, why."""
     shared = collector()
-    state = {"counts": {"errors": None, "spooled": len(shared.spool.waiting())}}
+    state = {"counts": {"errors": None, "spooled": len(shared.spool.names())}}
     state |= {"newest": None, "last_delivery_at": None, "deliveries": [], "problem": None}
     try:
         connection = shared.database.connection()
@@ -1458,7 +1607,7 @@ def show_health():
     try:
         check_writable(collector().database)
     except (sqlite3.Error, OSError) as error:
-        waiting = len(collector().spool.waiting())
+        waiting = len(collector().spool.names())
         abort(503, f"The database cannot be written: {error}; free its lock or disk. {waiting} deliveries are spooled.")
     response = Response(as_json({"status": "ok"}), mimetype=FORMS["json"])
     response.call_on_close(collector().keep_house)
@@ -1468,7 +1617,7 @@ def show_health():
 def reply_with_error(status, words, headers=()):
     """Reply with the one error shape, or with a page of the same words to browsers."""
     types = [FORMS["json"], FORMS["html"]]
-    headers = [*headers, *([("Retry-After", "5")] if status == 503 else [])]
+    headers = [*headers, *([("Retry-After", RETRY_AFTER)] if status == 503 else [])]
     if (
         request.args.get("format") not in ("json", "text", "ndjson")
         and request.accept_mimetypes.best_match(types) == FORMS["html"]

@@ -3,6 +3,7 @@
 import contextlib
 import errno
 import fcntl
+import gc
 import logging
 import math
 import os
@@ -41,7 +42,8 @@ LEAVING_SECONDS = 1  # for a client to take a refusal
 STOPPING_SECONDS = 1.5  # for what is in hand when the worker is told to end
 HEAD_BYTES = 65536  # of a request
 PART_BYTES = 65536  # of a reply that are worth sending before more of it is made
-MOST_AT_ONCE = 10  # webhooks served before a reader gets a turn
+MOST_AT_ONCE = 10  # webhooks that share a commit,
+MOST_AT_ONCE_BYTES = 256 * 1024  # and when no more are added to them
 MOST_READERS = 50  # that wait for their turn in one worker
 MOST_KEPT = 300  # connections, and
 MOST_KEPT_BYTES = max(16 * 1024 * 1024, 2 * settings["MAX_BODY_BYTES"])  # bytes of theirs, that a worker keeps
@@ -148,9 +150,10 @@ class Worker(SyncWorker):
         self.wsgi = collector.make_app(settings)  # and not of a .env that has changed since
         self.collector = self.wsgi.extensions["collector"]
         self.collector.database.stopping = lambda: not self.alive
+        gc.freeze()  # what is there now stays
 
     def run(self):
-        self.kept, self.readers = {}, deque()  # kept is in the order in which the clients moved
+        self.kept, self.webhooks, self.readers = {}, [], deque()  # kept is in the order in which the clients moved
         self.selector, self.expired_at, self.has_more_to_do = selectors.DefaultSelector(), 0, False
         for source in (*self.sockets, self.PIPE[0]):
             self.selector.register(source, selectors.EVENT_READ)
@@ -162,19 +165,17 @@ class Worker(SyncWorker):
         for listener in self.sockets:
             self.selector.unregister(listener)
             while self.accept(listener):  # who has connected is not refused
-                pass
-        while (self.readers or any(map(Connection.size, self.kept))) and time.monotonic() < until:
+                self.serve_webhooks()
+        while (self.webhooks or self.readers or any(map(Connection.size, self.kept))) and time.monotonic() < until:
             self.step(())
 
     def step(self, listeners):
         """Serve some webhooks and a part of a reader's reply, or wait for clients if there are none."""
         self.notify()
-        is_busy = False
         for _ in range(MOST_AT_ONCE):
-            if not sum(map(self.accept, listeners)):
+            if sum(map(Connection.size, self.webhooks)) > MOST_AT_ONCE_BYTES or not sum(map(self.accept, listeners)):
                 break
-            is_busy = True
-        is_busy |= self.serve_reader()
+        is_busy = self.serve_webhooks() | self.serve_reader()
         if self.kept or not is_busy:
             pause = 0.005 if self.readers else 0.1 if self.kept else 0.5
             is_busy |= self.watch(0 if is_busy or self.has_more_to_do else pause)
@@ -226,11 +227,21 @@ class Worker(SyncWorker):
         if not connection.request:
             self.drop(connection)
         elif connection.request.startswith(BY_THEMSELVES):
-            self.serve(connection)
+            self.webhooks.append(connection)
         elif len(self.readers) < MOST_READERS:
             self.line_up(connection)
         else:
             self.turn_away(connection)
+
+    def serve_webhooks(self):
+        """Hand the app all webhooks that are here, then ask for the replies, so that they share a commit."""
+        webhooks, self.webhooks = self.webhooks, []
+        for connection in webhooks:
+            self.serve(connection, hand_over=True)
+        for connection in webhooks:
+            if not connection.is_made:
+                self.serve(connection)
+        return bool(webhooks)
 
     def line_up(self, connection):
         connection.until = time.monotonic() + TURN_SECONDS
@@ -256,11 +267,13 @@ class Worker(SyncWorker):
                 return True
         return False
 
-    def serve(self, connection):
-        """Make the next part of a reply, and send what the client takes of it."""
+    def serve(self, connection, hand_over=False):
+        """Make the next part of a reply, and send what the client takes of it; or only hand the request to the app."""
         try:
             connection.parts = connection.parts or self.make_reply(connection)
             for _ in connection.parts:
+                if hand_over:
+                    return
                 if connection.is_made or len(connection.reply) > PART_BYTES:
                     break
         except (ParseException, NoMoreData) as error:
@@ -272,7 +285,7 @@ class Worker(SyncWorker):
             self.send(connection)
 
     def make_reply(self, connection):
-        """Have the app serve a request; yield after each part of the reply, the last time when it is complete."""
+        """Have the app serve a request; yield when it has it, after each part of its reply, and at the reply's end."""
         if not connection.head_length and len(connection.request) > HEAD_BYTES:
             raise LimitRequestHeaders("too long")
         request = next(http.get_parser(self.cfg, connection.take_request(), connection.addr))
@@ -284,6 +297,7 @@ class Worker(SyncWorker):
             self.alive = False
         parts = self.wsgi(environ, response.start_response)
         try:
+            yield
             for part in parts:
                 response.write(part)
                 yield

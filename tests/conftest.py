@@ -119,15 +119,20 @@ class Server:
         self.folder, self.log = Path(folder), Path(folder) / "server.log"
         self.folder.mkdir(parents=True, exist_ok=True)
         self.env = {key: value for key, value in os.environ.items() if key not in SETTINGS}
-        self.env |= {"DATABASE_URL": f"sqlite:///{self.folder}/data/errors.db", "PORT": str(self.port), **env}
+        self.env |= {
+            "DATABASE_URL": f"sqlite:///{self.folder}/data/errors.db",
+            "PORT": str(self.port),
+            "PYTHONPATH": str(ROOT),
+            **env,
+        }
         self.process = None
 
     def start(self, *arguments, wait=True):
-        """Start gunicorn in the project's folder; its output goes to self.log."""
-        command = [sys.executable, "-m", "gunicorn", *arguments]
+        """Start gunicorn in self.folder, where no .env of a developer's is; its output goes to self.log."""
+        command = [sys.executable, "-m", "gunicorn", "--config", str(ROOT / "gunicorn.conf.py"), *arguments]
         with self.log.open("ab") as log:
             self.process = subprocess.Popen(
-                command, cwd=ROOT, env=self.env, stdout=log, stderr=log, start_new_session=True
+                command, cwd=self.folder, env=self.env, stdout=log, stderr=log, start_new_session=True
             )
         if wait:
             wait_for(self.is_up, 20)

@@ -6,6 +6,7 @@ import json
 import os
 import random
 import resource
+import shutil
 import signal
 import socket
 import sqlite3
@@ -20,7 +21,7 @@ from pathlib import Path
 import pytest
 from conftest import ROOT, SECRET, Server, event_payload, sign, wait_for, wire
 
-from collector import create_app, insert_error, pack, parse_error, select_body
+from collector import LONG_WAL_BYTES, create_app, insert_error, pack, parse_error, select_body
 
 SEED = int(os.environ.get("CRASH_SEED") or time.time_ns() % 1_000_000)
 CRASH_ROUNDS = int(os.environ.get("CRASH_ROUNDS") or 2)
@@ -260,11 +261,11 @@ def test_deliveries_to_a_locked_database_are_spooled_and_enter_in_order(make_ser
     with ThreadPoolExecutor() as pool:
         assert server.deliver(numbered(0))[0] == 201
         with locked(server):
-            # Each of the two workers waits for the lock once.
+            # Only one waits for the lock, for all workers.
             first = list(pool.map(lambda number: timed(server.deliver, numbered(number)), (1, 2)))
             later = [timed(server.deliver, numbered(number)) for number in range(3, 13)]
             assert [answer for _, answer in first + later] == [(202, {"status": "queued"})] * 12
-            assert all(2.5 < seconds < 4.5 for seconds, _ in first), first
+            assert 2.5 < max(seconds for seconds, _ in first) < 4.5, first
             assert max(seconds for seconds, _ in later) < 0.5, later
             status, headers, reply = server.request("GET", "/health")
             assert (status, headers["Content-Type"]) == (503, "application/json")
@@ -346,7 +347,7 @@ def test_a_long_spool_enters_while_webhooks_come_in(make_server):
     wait_for_workers(server)
     file, spool = server.folder / "delivery", server.folder / "data" / "spool"
     file.write_bytes(b'["2025-01-02T03:04:05.000000Z", "error"]\n' + wire(numbered(0)))
-    for number in range(5_000):
+    for number in range(20_000):
         os.link(file, spool / f"{number:020}-1.delivery")
     slowest, number, deadline = 0, 0, time.monotonic() + 30
     while spooled(server) and time.monotonic() < deadline:
@@ -417,7 +418,9 @@ def test_a_full_disk_loses_nothing_acknowledged(small_disk, make_server):
     assert_all_there(server, senders)
 
 
-@pytest.mark.parametrize("state", ["running, wal removed", "running, wal left", "killed, wal removed"])
+@pytest.mark.parametrize(
+    "state", ["running, wal removed", "running, wal left", "killed, wal removed", "killed, wal left"]
+)
 def test_a_restored_database_is_taken_up(make_server, tmp_path, state):
     server, database = make_server(), tmp_path / "server" / "data" / "errors.db"
 
@@ -497,27 +500,73 @@ def open_slow_clients(server):
     return kinds
 
 
-def test_slow_clients_cost_a_bounded_few_seconds_and_a_log_line_at_most(make_server):
-    server = make_server(WEB_CONCURRENCY="3")
+@pytest.mark.parametrize("count", ["1", "2"])
+def test_slow_clients_hold_no_worker_and_cost_a_log_line_at_most(make_server, count):
+    server = make_server(WEB_CONCURRENCY=count)
     wait_for_workers(server)
     server.deliver(BIG)
     since = server.log.stat().st_size
     started, slow = time.monotonic(), open_slow_clients(server)
-    waited, (status, _) = timed(server.deliver, numbered(1), timeout=30)
-    print(f"a webhook behind {len(slow)} slow clients and 3 workers: {waited:.1f} s")
-    assert status == 201 and waited < 12
+    more = [connect(server, head_of(b"{}" * 50) + b"{}") for _ in range(40)]
+    waited, (status, _) = timed(server.deliver, numbered(1))
+    reading, _ = timed(server.get, "/errors")
+    print(f"behind {len(slow) + len(more)} slow clients and {count} workers: {waited:.2f} s, a reader {reading:.2f} s")
+    assert status == 201 and max(waited, reading) < 1
     wait_for(lambda: not held(server), 15)
     print(f"all of them are gone after {time.monotonic() - started:.1f} s")
     ends = {kind: read_to_end(connection) for kind, connection in slow.items()}
     assert len(ends["slow reader"]) < 5_000_000
     assert b" 400 " in ends["half a body"] and b" 400 " in ends["dripping body"]
     lines = added_log(server, since).splitlines()
-    assert len(lines) <= 1 + len(slow) and "Traceback" not in "".join(lines), lines
+    assert len(lines) <= 1 + len(slow) + len(more) and "Traceback" not in "".join(lines), lines
     assert server.get("/")["counts"] == {"errors": 2, "spooled": 0}
 
 
-def test_sigterm_ends_within_3_seconds_and_finishes_what_is_in_hand(make_server):
-    server = make_server(WEB_CONCURRENCY="7", **SIGNED)
+def test_a_request_that_comes_in_pieces_is_served_when_it_is_whole(make_server):
+    server = make_server(WEB_CONCURRENCY="1", **SIGNED)
+    body = wire(numbered(1, extra="x" * 200_000))
+    pieces = connect(server, head_of(body)[:50])
+    for number, (start, end) in enumerate(((50, 300), (300, 5000), (5000, 150_000), (150_000, None)), 2):
+        small = wire(numbered(number))
+        seconds, (status, _) = timed(server.deliver, small, sign(small))
+        assert status == 201 and seconds < 1
+        pieces.sendall((head_of(body) + body)[start:end])
+    assert read_to_end(pieces).startswith(b"HTTP/1.1 201 ")
+    assert read_all(server)[f"{1:032x}"] == body
+
+
+def test_a_client_that_waits_for_a_go_ahead_gets_it(make_server):
+    server, body = make_server(), wire(numbered(1))
+    client = connect(server, head_of(body, Expect="100-continue"))
+    assert client.recv(100) == b"HTTP/1.1 100 Continue\r\n\r\n"
+    client.sendall(body)
+    assert read_to_end(client).startswith(b"HTTP/1.1 201 ")
+
+
+def test_a_reader_who_sips_an_export_keeps_nobody_waiting(full):
+    sips = [connect(full, b"GET /errors?format=ndjson HTTP/1.1\r\nHost: x\r\n\r\n", receive=4096) for _ in range(20)]
+    assert {sip.recv(1) for sip in sips} == {b"H"}
+    seconds = [timed(full.request, "GET", "/errors?limit=1")[0] for _ in range(5)]
+    seconds += [timed(full.deliver, event_payload(f"51b{number:029x}"))[0] for number in range(5)]
+    assert max(seconds) < 1, seconds
+
+
+def test_with_one_worker_an_export_stops_no_webhook(make_server):
+    server = make_server(WEB_CONCURRENCY="1")
+    text = random.Random(1).randbytes(10_000).hex()
+    for number in range(300):
+        server.deliver(numbered(number, extra=text))
+    with ThreadPoolExecutor() as pool:
+        exports = [pool.submit(server.request, "GET", "/errors?format=ndjson") for _ in range(3)]
+        with Senders(server, count=2) as senders:
+            lines = [export.result()[2].count(b"\n") for export in exports]
+    print(f"slowest of {len(senders.answers)} webhooks: {senders.slowest():.3f} s")
+    assert min(lines) >= 300 and senders.statuses() == {201} and senders.slowest() < 1
+
+
+@pytest.mark.parametrize("sign_", [signal.SIGTERM, signal.SIGINT])
+def test_a_stop_takes_3_seconds_at_most_and_finishes_what_is_in_hand(make_server, sign_):
+    server = make_server(**SIGNED)
     server.deliver(wire(BIG), sign(wire(BIG)))
     body = wire(numbered(1))
     for _ in range(20):
@@ -527,13 +576,13 @@ def test_sigterm_ends_within_3_seconds_and_finishes_what_is_in_hand(make_server)
     seconds, (status, _) = timed(server.deliver, wire(numbered(2)), sign(wire(numbered(2))))
     assert status == 201 and seconds < 1, seconds
     started = time.monotonic()
-    server.process.terminate()
-    wait_for(lambda: b"Handling signal: term" in server.log.read_bytes())
+    os.killpg(server.process.pid, sign_) if sign_ == signal.SIGINT else server.process.terminate()  # as Ctrl-C does
+    wait_for(lambda: b"Handling signal: " in server.log.read_bytes())
     in_hand.sendall(body[-10:])
     assert read_to_end(in_hand).startswith(b"HTTP/1.1 201 ")
     assert server.process.wait(10) == 0
     seconds = time.monotonic() - started
-    print(f"ended {seconds:.1f} s after SIGTERM")
+    print(f"ended {seconds:.1f} s after {sign_.name}")
     assert seconds < 3
     assert "Traceback" not in server.log.read_text()
     assert list(read_all(server)) == ["b" * 32, f"{2:032x}", f"{1:032x}"]
@@ -550,6 +599,43 @@ def test_a_reload_refuses_no_connection_and_loses_no_delivery(make_server):
     assert senders.statuses() <= {201, 202}  # spooled by a worker that is told to end while another writes
     wait_for_empty_spool(server)
     assert_all_there(server, senders)
+
+
+def token_is_set(server):
+    return server.get("/config", Authorization="Bearer x").get("api_token_set")
+
+
+def test_a_reload_with_a_bad_setting_goes_on_as_before(make_server):
+    server = make_server()
+    settings = server.folder / ".env"
+    settings.write_text("RETENTION_DAYS=soon\n")
+    old = workers(server)
+    server.process.send_signal(signal.SIGHUP)
+    wait_for(lambda: len(workers(server)) == 2 and not set(old) & set(workers(server)))
+    assert server.deliver(numbered(1))[0] == 201
+    logged = [line for line in server.log.read_text().splitlines() if "RETENTION_DAYS" in line]
+    assert len(logged) == 1 and "going on as before" in logged[0] and "'soon'" in logged[0]
+    os.kill(workers(server)[0], signal.SIGKILL)  # a worker that takes the place of another reads no settings anew
+    wait_for(lambda: len(workers(server)) == 2)
+    assert server.deliver(numbered(2))[0] == 201 and not token_is_set(server)
+    settings.write_text("API_TOKEN=x\n")
+    server.process.send_signal(signal.SIGHUP)
+    wait_for(lambda: token_is_set(server))
+    assert server.process.poll() is None
+
+
+def test_a_reload_of_broken_code_goes_on_as_before(make_server, tmp_path):
+    for name in ("collector.py", "gunicorn.conf.py", "schema.sql", "templates"):
+        copy = shutil.copytree if (ROOT / name).is_dir() else shutil.copy
+        copy(ROOT / name, tmp_path / name)
+    server = make_server("--config", str(tmp_path / "gunicorn.conf.py"), PYTHONPATH=str(tmp_path))
+    old = workers(server)
+    with (tmp_path / "collector.py").open("a") as code:
+        code.write("this is no code\n")
+    server.process.send_signal(signal.SIGHUP)
+    wait_for(lambda: len(workers(server)) == 2 and not set(old) & set(workers(server)))
+    assert server.deliver(numbered(1))[0] == 201
+    assert "SyntaxError" in server.log.read_text()
 
 
 def test_a_rolling_restart_refuses_no_connection_and_loses_no_delivery(make_server):
@@ -787,6 +873,24 @@ def test_no_webhook_waits_for_an_export_a_search_a_backup_or_a_shell(full, tmp_p
     with contextlib.closing(sqlite3.connect(tmp_path / "copy.db")) as copy:
         assert copy.execute("PRAGMA integrity_check").fetchone()[0] == "ok"
         assert copy.execute("SELECT count(*) FROM errors").fetchone()[0] >= 2000
+
+
+def test_no_webhook_waits_for_what_a_long_read_has_left_to_do(make_server):
+    server = make_server()
+    source, wal = random.Random(1), Path(f"{database_of(server)}-wal")
+    with contextlib.closing(sqlite3.connect(database_of(server), isolation_level=None)) as shell:
+        shell.execute("BEGIN")
+        shell.execute("SELECT count(*) FROM errors").fetchone()
+        for number in range(150):
+            assert server.deliver(numbered(number, extra=source.randbytes(300_000).hex()))[0] == 201
+    grown = wal.stat().st_size
+    assert grown > LONG_WAL_BYTES
+    with Senders(server, count=2) as senders:
+        wait_for(lambda: wal.stat().st_size < grown, 20)  # all of it is in the database, and it begins anew
+    print(f"slowest of {len(senders.answers)} webhooks after a long read: {senders.slowest():.3f} s")
+    assert senders.statuses() <= {201, 202} and senders.slowest() < 1
+    wait_for_empty_spool(server)
+    assert_all_there(server, senders)
 
 
 def test_a_client_that_leaves_half_way_through_an_export_frees_its_worker(full):

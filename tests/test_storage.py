@@ -42,7 +42,7 @@ def event_ids(app):
 
 def spooled(app):
     """Return how many deliveries wait."""
-    return len(house(app).spool.waiting())
+    return len(house(app).spool.names())
 
 
 @contextmanager
@@ -586,7 +586,7 @@ def test_a_delivery_comes_in_once_even_if_its_file_outlives_the_commit(app, clie
     monkeypatch.setattr(collector, "WAIT_SECONDS", 0.1)
     with locked(app):
         assert post(client, payload).status_code == 202
-    (file,) = house(app).spool.waiting()
+    (file,) = house(app).spool.folder.glob("*.delivery")
     kept = file.read_bytes()
     for _ in range(2):
         assert keep_house(client) == 200
