@@ -38,6 +38,7 @@ except BaseException as fault:  # SystemExit, too, is what a bad setting raises
 REQUEST_SECONDS = 5  # for a request to arrive whole; Sentry ends its own after that
 REPLY_SECONDS = 5  # for a client to take something more of the reply
 TURN_SECONDS = 3  # for a reader to wait for other readers
+GIVE_WAY_SECONDS = 0.002  # for others to get the slot of one who goes on with a long reply
 LEAVING_SECONDS = 1  # for a client to take a refusal
 STOPPING_SECONDS = 1.5  # for what is in hand when the worker is told to end
 HEAD_BYTES = 65536  # of a request
@@ -153,7 +154,8 @@ class Worker(SyncWorker):
         gc.freeze()  # what is there now stays
 
     def run(self):
-        self.kept, self.webhooks, self.readers = {}, [], deque()  # kept is in the order in which the clients moved
+        self.kept, self.webhooks = {}, []  # kept is in the order in which the clients moved
+        self.readers, self.longer, self.gave_way_at = deque(), deque(), 0  # who begin, who go on with a long reply
         self.selector, self.expired_at, self.has_more_to_do = selectors.DefaultSelector(), 0, False
         for source in (*self.sockets, self.PIPE[0]):
             self.selector.register(source, selectors.EVENT_READ)
@@ -177,7 +179,7 @@ class Worker(SyncWorker):
                 break
         is_busy = self.serve_webhooks() | self.serve_reader()
         if self.kept or not is_busy:
-            pause = 0.005 if self.readers else 0.1 if self.kept else 0.5
+            pause = GIVE_WAY_SECONDS / 2 if self.readers or self.longer else 0.1 if self.kept else 0.5
             is_busy |= self.watch(0 if is_busy or self.has_more_to_do else pause)
         if not is_busy:
             self.has_more_to_do = self.collector.keep_house()
@@ -229,7 +231,8 @@ class Worker(SyncWorker):
         elif connection.request.startswith(BY_THEMSELVES):
             self.webhooks.append(connection)
         elif len(self.readers) < MOST_READERS:
-            self.line_up(connection)
+            connection.until = time.monotonic() + TURN_SECONDS
+            self.readers.append(connection)
         else:
             self.turn_away(connection)
 
@@ -243,20 +246,22 @@ class Worker(SyncWorker):
                 self.serve(connection)
         return bool(webhooks)
 
-    def line_up(self, connection):
-        connection.until = time.monotonic() + TURN_SECONDS
-        self.readers.append(connection)
-
     def serve_reader(self):
         """Serve the reader who has waited longest, if a slot is free; say whether one was served."""
-        while self.readers and self.readers[0].parts is None and self.readers[0].until < time.monotonic():
+        now = time.monotonic()
+        while self.readers and self.readers[0].until < now:
             self.turn_away(self.readers.popleft())
-        if not self.readers or not self.take_slot():
+        # Who goes on with a long reply lets others begin: those of this worker, and of others, who look for the slot.
+        may_go_on = self.longer and now > self.gave_way_at + GIVE_WAY_SECONDS
+        queue = self.longer if may_go_on else self.readers
+        if not queue or not self.take_slot():
             return False
         try:
-            self.serve(self.readers.popleft())
+            self.serve(queue.popleft())
         finally:
             fcntl.lockf(SLOTS, fcntl.LOCK_UN)
+        if may_go_on:
+            self.gave_way_at = time.monotonic()
         return True
 
     def take_slot(self):
@@ -316,7 +321,7 @@ class Worker(SyncWorker):
                 self.keep(connection, self.send, REPLY_SECONDS, selectors.EVENT_WRITE)
             elif not connection.is_made:
                 self.release(connection)
-                self.line_up(connection)
+                self.longer.append(connection)
             elif connection.said <= 0:
                 self.drop(connection)
             else:  # to close now would reset the connection, and the reply be lost

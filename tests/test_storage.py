@@ -13,6 +13,7 @@ import tempfile
 import threading
 import time
 import zlib
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing, contextmanager
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
@@ -20,6 +21,7 @@ from pathlib import Path
 import pytest
 import sentry_sdk
 from conftest import ROOT, SECRET, count_rows, event_payload, load, post, sign, wait_for, wire
+from werkzeug.test import EnvironBuilder
 
 import collector
 from collector import choose_journal_mode, create_app
@@ -950,3 +952,142 @@ def test_the_dsn_is_never_shown(make_app, sentry):
     for path in ("/", "/config", "/?format=html"):
         assert "public@" not in client.get(path).text
     assert client.get("/config").json["sentry_dsn_set"] is True
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Deliveries that are committed together
+# ----------------------------------------------------------------------------------------------------------------------
+
+
+def hand_over(app, payload):
+    """Hand a delivery to the app as a server does; return its reply, for which the server has not asked yet."""
+    started = []
+    environ = EnvironBuilder("/sentry/webhook", method="POST", data=wire(payload)).get_environ()
+    return started, app.wsgi_app(environ, lambda status, headers: started.append((status, dict(headers))))
+
+
+def ask_for(reply):
+    """Ask for a reply as a server does; return its status and its JSON."""
+    started, parts = reply
+    body = b"".join(parts)
+    parts.close()
+    return int(started[0][0].split()[0]), json.loads(body)
+
+
+def test_deliveries_that_are_here_together_share_a_commit(app):
+    statements = []
+    house(app).database.connection().set_trace_callback(statements.append)
+    replies = [hand_over(app, event_payload(name)) for name in "abca"]
+    assert (statements.count("COMMIT"), [started for started, _ in replies]) == (0, [[]] * 4)
+    answers = [ask_for(reply) for reply in replies]
+    assert statements.count("COMMIT") == 1
+    assert [(status, answer["status"], answer["id"]) for status, answer in answers] == [
+        (201, "stored", 1),
+        (201, "stored", 2),
+        (201, "stored", 3),
+        (200, "duplicate", 1),
+    ]
+    assert [started[0][1].get("Location") for started, _ in replies] == ["/errors/1", "/errors/2", "/errors/3", None]
+    assert (event_ids(app), counted(app, "stored"), counted(app, "duplicate")) == (["a", "b", "c"], 3, 1)
+
+
+def test_a_delivery_that_cannot_be_stored_costs_the_others_nothing(app):
+    refuse = (
+        "CREATE TRIGGER refuse BEFORE INSERT ON errors WHEN new.event_id = 'bad' BEGIN SELECT RAISE(ABORT, 'no'); END"
+    )
+    house(app).database.connection().execute(refuse)
+    replies = [hand_over(app, event_payload(name)) for name in ("a", "bad", "b")]
+    assert [ask_for(reply)[0] for reply in replies] == [201, 202, 201]
+    assert (event_ids(app), counted(app, "stored")) == (["a", "b"], 2)
+    assert len(list(house(app).spool.folder.iterdir())) == 1
+
+
+def test_a_group_that_finds_the_database_locked_is_spooled_in_order(app, client, monkeypatch):
+    monkeypatch.setattr(collector, "WAIT_SECONDS", 0.1)
+    with locked(app):
+        replies = [hand_over(app, event_payload(name)) for name in "abc"]
+        assert [ask_for(reply) for reply in replies] == [(202, {"status": "queued"})] * 3
+    assert keep_house(client) == 200
+    assert event_ids(app) == ["a", "b", "c"]
+
+
+def test_a_delivery_is_stored_even_if_nobody_asks_for_the_reply(app):
+    _, parts = hand_over(app, event_payload())
+    parts.close()
+    assert event_ids(app) == ["0" * 32]
+
+
+def test_threads_that_deliver_at_once_all_get_their_own_reply(app):
+    def deliver(start):
+        answers = [ask_for(hand_over(app, event_payload(f"{number}"))) for number in range(start, start + 10)]
+        house(app).database.close()  # a thread has a connection of its own
+        return answers
+
+    with ThreadPoolExecutor(8) as pool:
+        answers = [answer for answers in pool.map(deliver, range(0, 80, 10)) for answer in answers]
+    ids = {row["event_id"]: row["id"] for row in app.test_client().get("/errors").json}
+    assert [(status, answer["id"]) for status, answer in answers] == [(201, ids[f"{number}"]) for number in range(80)]
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# What workers tell each other, and what stands in the way
+# ----------------------------------------------------------------------------------------------------------------------
+
+
+def test_only_one_of_all_workers_waits_for_a_lock(make_app, monkeypatch):
+    monkeypatch.setattr(collector, "WAIT_SECONDS", 0.5)
+    first, second = make_app(), make_app()
+    with locked(first):
+        assert seconds_to_post(first.test_client(), event_payload("a"), 202) > 0.4
+        assert seconds_to_post(second.test_client(), event_payload("b"), 202) < 0.3
+        assert seconds_to_post(make_app().test_client(), event_payload("c"), 202) < 0.3
+    assert keep_house(second.test_client()) == 200
+    with locked(second):
+        assert seconds_to_post(first.test_client(), event_payload("d"), 202) > 0.4
+
+
+def test_a_spooled_file_that_cannot_be_read_is_told_of_and_holds_up_nobody(app, client, monkeypatch, start_log):
+    monkeypatch.setattr(collector, "WAIT_SECONDS", 0.1)
+    (house(app).spool.folder / "0-0.delivery").mkdir()
+    with locked(app):
+        post(client, event_payload())
+    assert keep_house(client) == 200
+    assert (event_ids(app), client.get("/config").json["spooled"]) == (["0" * 32], 1)
+    assert keep_house(client) == 200
+    assert start_log().count("cannot read a spooled delivery") == 1
+
+
+def test_the_wal_stays_short_without_a_checkpoint_before_a_reply(app, client):
+    wal, statements = Path(f"{house(app).database.path}-wal"), []
+    house(app).database.connection().set_trace_callback(statements.append)
+    for number in range(400):
+        client.post("/sentry/webhook", data=wire(event_payload(str(number), extra="x" * 20_000)), buffered=True)
+        house(app).kept_house_at = 0
+    assert 1 <= statements.count("PRAGMA wal_checkpoint(PASSIVE)") <= 10
+    assert wal.stat().st_size < 8_000_000
+
+
+def test_a_wal_of_another_database_is_not_taken_up_at_the_start(make_app, tmp_path):
+    app = make_app()
+    client = app.test_client()
+    post(client, event_payload("kept"))
+    assert app.test_cli_runner().invoke(args=["backup", str(tmp_path / "copy.db")]).exit_code == 0
+    post(client, event_payload("lost"))
+    left = tmp_path / "left"
+    shutil.copytree(tmp_path / "data", left)  # as a kill leaves it
+    assert (left / "errors.db-wal").stat().st_size > 0
+    shutil.copyfile(tmp_path / "copy.db", left / "errors.db")
+    restored = create_app({"DATABASE_URL": f"sqlite:///{left}/errors.db"})
+    assert event_ids(restored) == ["kept"]
+    assert post(restored.test_client(), event_payload("next")).status_code == 201
+    house(restored).database.close()
+    with closing(sqlite3.connect(left / "errors.db")) as connection:
+        assert connection.execute("PRAGMA integrity_check").fetchall() == [("ok",)]
+
+
+def test_the_wal_of_a_database_that_was_killed_is_taken_up(make_app, tmp_path):
+    post(make_app().test_client(), event_payload())
+    shutil.copytree(tmp_path / "data", tmp_path / "left")
+    killed = create_app({"DATABASE_URL": f"sqlite:///{tmp_path}/left/errors.db"})
+    assert event_ids(killed) == ["0" * 32]
+    house(killed).database.close()
