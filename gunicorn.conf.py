@@ -38,7 +38,8 @@ except BaseException as fault:  # SystemExit, too, is what a bad setting raises
 REQUEST_SECONDS = 5  # for a request to arrive whole; Sentry ends its own after that
 REPLY_SECONDS = 5  # for a client to take something more of the reply
 TURN_SECONDS = 3  # for a reader to wait for other readers
-GIVE_WAY_SECONDS = 0.002  # for others to get the slot of one who goes on with a long reply
+GO_ON_SECONDS = 0.02  # for long replies to go on before
+GIVE_WAY_SECONDS = 0.002  # for others to get the slot
 LEAVING_SECONDS = 1  # for a client to take a refusal
 STOPPING_SECONDS = 1.5  # for what is in hand when the worker is told to end
 HEAD_BYTES = 65536  # of a request
@@ -155,7 +156,7 @@ class Worker(SyncWorker):
 
     def run(self):
         self.kept, self.webhooks = {}, []  # kept is in the order in which the clients moved
-        self.readers, self.longer, self.gave_way_at = deque(), deque(), 0  # who begin, who go on with a long reply
+        self.readers, self.longer, self.goes_on_until = deque(), deque(), 0  # who begin, who go on with a long reply
         self.selector, self.expired_at, self.has_more_to_do = selectors.DefaultSelector(), 0, False
         for source in (*self.sockets, self.PIPE[0]):
             self.selector.register(source, selectors.EVENT_READ)
@@ -252,16 +253,15 @@ class Worker(SyncWorker):
         while self.readers and self.readers[0].until < now:
             self.turn_away(self.readers.popleft())
         # Who goes on with a long reply lets others begin: those of this worker, and of others, who look for the slot.
-        may_go_on = self.longer and now > self.gave_way_at + GIVE_WAY_SECONDS
-        queue = self.longer if may_go_on else self.readers
+        if now > self.goes_on_until + GIVE_WAY_SECONDS:
+            self.goes_on_until = now + GO_ON_SECONDS
+        queue = self.longer if self.longer and now < self.goes_on_until else self.readers
         if not queue or not self.take_slot():
             return False
         try:
             self.serve(queue.popleft())
         finally:
             fcntl.lockf(SLOTS, fcntl.LOCK_UN)
-        if may_go_on:
-            self.gave_way_at = time.monotonic()
         return True
 
     def take_slot(self):
@@ -332,10 +332,14 @@ class Worker(SyncWorker):
 
     def discard(self, connection):
         """Pass over what a client sends that has been refused, until it closes."""
-        with contextlib.suppress(BlockingIOError, ConnectionError):
-            if connection.client.recv(1 << 20):
-                return
-        self.drop(connection)
+        try:
+            is_over = not connection.client.recv(1 << 20)
+        except BlockingIOError:
+            is_over = False
+        except OSError:
+            is_over = True
+        if is_over:
+            self.drop(connection)
 
     def refuse(self, connection, error):
         """Reply to what is no HTTP that can be served."""
