@@ -17,6 +17,7 @@ from collections import Counter, deque
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing, contextmanager, suppress
 from datetime import UTC, datetime, timedelta
+from functools import partial
 from itertools import islice
 from pathlib import Path
 
@@ -375,7 +376,7 @@ TURN_SECONDS = 0.5  # for other writers of ours, who take milliseconds unless a 
 READ_SECONDS = 2  # for a read to wait for a writer, which only the rollback journal asks of it
 LOCAL_FILE_SYSTEMS = "bcachefs btrfs ext2 ext3 ext4 f2fs jfs overlay ramfs reiserfs tmpfs xfs zfs".split()
 CHECKPOINT_CHANGES = 1000  # of rows, about 130 errors: so the WAL stays short and is written over in place
-LONG_WAL_BYTES = 32 * 1024 * 1024  # what only a long foreign read lets it grow to
+LONG_WAL_BYTES = 32 * 1024 * 1024  # what a long foreign read, or a burst of large deliveries, lets it grow to
 SPOOL_BATCH = 50  # spooled deliveries that are moved in one transaction
 DELIVERY_DAYS = 90  # that the counts of deliveries are kept
 
@@ -419,11 +420,11 @@ def identity(path):
 class Database:
     """One SQLite file as several processes share it: each keeps a connection, and writers take turns."""
 
-    def __init__(self, path, stopping=lambda: False):
-        self.path, self.stopping = Path(path), stopping
+    def __init__(self, path):
+        self.path, self.gives_up_at = Path(path), math.inf  # monotonic; set when the service stops
         self.journal_mode = choose_journal_mode(self.path.parent)
         self.kept = threading.local()
-        self.changes, self.checkpointing = 0, None
+        self.changes, self.checkpointing = CHECKPOINT_CHANGES, None
 
     def lock_file(self):
         """Return the file that writers lock, opened. A byte in it says that somebody has waited in vain for a write."""
@@ -436,17 +437,22 @@ class Database:
     def is_in_trouble(self):
         return os.fstat(self.lock_file().fileno()).st_size > 0
 
+    def mark_trouble(self, is_there):
+        with suppress(OSError):  # it can only make others wait
+            if self.is_in_trouble() != is_there:
+                os.ftruncate(self.kept.lock.fileno(), is_there)
+
     def patience(self, seconds):
         """Return how long to wait for what deserves `seconds`: hardly at all while the last long wait was in vain."""
         return 0.01 if self.is_in_trouble() else seconds
 
     def patiently(self, attempt, deadline):
-        """Call `attempt` until no lock is in its way; at the deadline, or when the service stops, let it fail."""
+        """Call `attempt` until no lock is in its way; let it fail at the deadline, or soon if the service stops."""
         while True:
             try:
                 return attempt()
             except (BlockingIOError, sqlite3.OperationalError) as error:
-                if not is_busy(error) or time.monotonic() >= deadline or self.stopping():
+                if not is_busy(error) or time.monotonic() >= min(deadline, self.gives_up_at):
                     raise
             time.sleep(0.00005)
 
@@ -493,12 +499,15 @@ class Database:
         self.kept.wal = None
 
     def is_complete(self):
-        """Say whether the database is by its header one without a WAL, as a backup is and one in use never."""
+        """Say whether the database is by its header one without a WAL, as a backup is, and one in use never."""
         # To read the header drops SQLite's locks of this process: only the first connection's are not there yet.
         if threading.current_thread() is not threading.main_thread():
             return False
-        with open(self.path, "rb") as file:
-            return file.read(20)[18:] == b"\1\1"
+        try:
+            with open(self.path, "rb") as file:
+                return file.read(20)[18:] in (b"", b"\1\1")
+        except FileNotFoundError:
+            return True
 
     def open(self):
         """Return a connection to the database, its schema applied; the caller holds the lock."""
@@ -539,21 +548,18 @@ class Database:
                     if connection.in_transaction:
                         connection.execute("ROLLBACK")
                     connection.execute(f"PRAGMA busy_timeout = {READ_SECONDS * 1000}")
-                if self.is_in_trouble():
-                    os.ftruncate(self.kept.lock.fileno(), 0)
         except (sqlite3.Error, OSError) as error:
-            if wait is None:
-                with suppress(OSError):
-                    os.ftruncate(self.lock_file().fileno(), 1)
+            if wait is None and time.monotonic() < self.gives_up_at:
+                self.mark_trouble(True)
             if not is_busy(error):
                 self.drop_connection()
             raise
+        self.mark_trouble(False)
 
     def checkpoint(self):
         """Move what the WAL holds into the database, if it is time to; a long one is left to a thread."""
         if self.changes < CHECKPOINT_CHANGES or (self.checkpointing and self.checkpointing.is_alive()):
             return
-        self.changes = 0
         with suppress(FileNotFoundError):  # another journal mode has no WAL
             if os.stat(f"{self.path}-wal").st_size < LONG_WAL_BYTES:
                 self.run_checkpoint()
@@ -563,8 +569,9 @@ class Database:
 
     def run_checkpoint(self):
         # In turn with the writers: SQLite before 3.51.3 may corrupt a WAL that is written and reset at once.
-        with self.locked(time.monotonic() + TURN_SECONDS) as connection:
+        with self.locked(time.monotonic() + 0.1) as connection:
             connection.execute("PRAGMA wal_checkpoint(PASSIVE)").fetchall()
+            self.changes = 0
 
     def run_long_checkpoint(self):
         try:
@@ -583,6 +590,8 @@ class Database:
 
     def close(self):
         """Close all that is kept, as before a fork."""
+        if self.checkpointing not in (None, threading.current_thread()):
+            self.checkpointing.join()
         self.drop_connection()
         lock, self.kept.lock = getattr(self.kept, "lock", None), None
         if lock is not None:
@@ -809,33 +818,42 @@ class Spool:
             self.queue = deque(sorted(name for name in self.names() if name not in self.unreadable))
         until = time.monotonic() + seconds
         while self.queue and time.monotonic() < until:
-            batch = [self.folder / name for name in islice(self.queue, SPOOL_BATCH)]
+            looked_at, moved = 0, []
             with database.turn(wait=0.01) as connection:
-                for file in batch:
-                    self.move(file, connection, read_row)
-            for file in batch:
+                for name in islice(self.queue, SPOOL_BATCH):
+                    looked_at += 1
+                    if self.move(self.folder / name, connection, read_row):
+                        moved.append(self.folder / name)
+                    if time.monotonic() > until:
+                        break
+            for _ in range(looked_at):
                 self.queue.popleft()
-                if file.name not in self.unreadable:
-                    file.unlink(missing_ok=True)
-            log.info("moved %d spooled deliveries into the database", len(batch))
+            for file in moved:
+                file.unlink(missing_ok=True)
+            if moved:
+                log.info("moved %d spooled deliveries into the database", len(moved))
         return bool(self.queue)
 
     def move(self, file, connection, read_row):
-        """Insert one spooled delivery; leave one that can't be read, set one that makes no error aside for a person."""
+        """Insert a spooled delivery, and say so; one that makes no error is set aside for a person to see."""
         try:
             head, _, body = file.read_bytes().partition(b"\n")
-            received_at, resource = json.loads(head)
-            insert_error(connection, read_row(body, resource, received_at) | pack(body))
         except FileNotFoundError:
-            return  # another worker has just moved it
-        except (PermissionError, IsADirectoryError) as error:
+            return False  # another worker has just moved it
+        except OSError as error:
             self.unreadable.add(file.name)
             log.error("cannot read a spooled delivery, it waits for the next start: %s", error)
+            return False
+        try:
+            received_at, resource = json.loads(head)
+            insert_error(connection, read_row(body, resource, received_at) | pack(body))
+            return True
         except Exception as error:
-            if isinstance(error, OSError) or type(error) in (sqlite3.OperationalError, sqlite3.DatabaseError):
+            if type(error) in (sqlite3.OperationalError, sqlite3.DatabaseError, MemoryError):
                 raise  # the fault is not the delivery's
             aside = file.rename(file.with_suffix(".rejected"))
             log.error("cannot make an error of a spooled delivery (%s), see %s", type(error).__name__, aside)
+            return False
 
 
 def backup(path, target, report):
@@ -1085,14 +1103,16 @@ class Collector:
             row = parse_error(payload, resource, received_at) | pack(body)
         except Exception as error:  # a fault of ours, which must not cost the delivery
             row = error
-        self.waiting.append(Delivery(body, resource, received_at, row))
-        return self.waiting[-1]
+        delivery = Delivery(body, resource, received_at, row)
+        self.waiting.append(delivery)
+        return delivery
 
     def settle(self, delivery):
         """Commit a delivery, in one transaction with all that wait; spool what cannot be committed."""
         with self.settling:
             if not delivery.outcome:
-                waiting, self.waiting = self.waiting, []
+                waiting = self.waiting[:]
+                del self.waiting[: len(waiting)]
                 self.store(waiting)
 
     def store(self, deliveries):
@@ -1127,7 +1147,7 @@ class Collector:
             self.spool.put(delivery.received_at, delivery.resource, delivery.body)
             delivery.outcome = "queued"
             self.tally.add("queued", "database locked" if is_busy(error) else "database not writable")
-        except OSError as spool_error:
+        except Exception as spool_error:  # memory may be short, too, and others wait behind this one
             log.critical("LOST a delivery: neither the database nor the spool can be written: %s", spool_error)
             delivery.outcome = "lost"
             self.tally.add("refused", "disk")
@@ -1152,7 +1172,7 @@ class Collector:
                 else:
                     self.pruned_at = time.monotonic()
             self.database.checkpoint()
-        except (sqlite3.Error, OSError):  # the next delivery or health check says so
+        except (sqlite3.Error, OSError, RuntimeError, MemoryError):  # the next delivery or health check says so
             return False
         return has_more
 
@@ -1183,7 +1203,10 @@ def read_body(limit):
     if length > limit:
         words = f"The delivery has {length} bytes, the limit is {limit}; raise MAX_BODY_BYTES to take it."
         raise Refused(413, "too large", words)
-    body = request.environ["wsgi.input"].read(length)
+    try:
+        body = request.environ["wsgi.input"].read(length)
+    except OSError:  # the connection's
+        body = b""
     if len(body) < length:
         words = f"The delivery broke off before its {length} bytes had come; send it again, faster."
         raise Refused(400, "cut short", words)
@@ -1270,7 +1293,9 @@ class Receipt(Response):
         self.shared, self.delivery, self.started = shared, delivery, started
 
     def __call__(self, environ, start_response):
-        return ClosingIterator(self.settle(environ, start_response), [self.settle_at_last, self.close])
+        # Settled at the latest when it is closed: what was received is stored, even if nobody asks for the reply.
+        at_last = partial(self.shared.settle, self.delivery)
+        return ClosingIterator(self.settle(environ, start_response), [at_last, self.close])
 
     def settle(self, environ, start_response):
         self.shared.settle(self.delivery)
@@ -1287,10 +1312,6 @@ class Receipt(Response):
         body = as_json(reply).encode()
         start_response(RECEIPTS[outcome], [*headers, ("Content-Length", str(len(body)))])
         yield body
-
-    def settle_at_last(self):
-        """Settle the delivery if the server never asked for the reply: what was received is stored."""
-        self.shared.settle(self.delivery)
 
 
 def log_delivery(environ, started, *words):
@@ -1859,7 +1880,7 @@ def make_app(settings):
     for kind in (sqlite3.Error, OSError, MemoryError):
         app.register_error_handler(kind, handle_failure)
     app.register_error_handler(Exception, handle_fault)
-    logging.getLogger("collector.start").info(describe_start(shared))
+    log.info(describe_start(shared))
     try:
         shared.database.connection()
         shared.keep_house()

@@ -22,37 +22,53 @@ from gunicorn.http.errors import LimitRequestHeaders, NoMoreData, ParseException
 from gunicorn.workers.sync import SyncWorker
 
 log = logging.getLogger("collector")
+
+
+def check_port(port):
+    with socket.socket() as probe:
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        probe.bind(("0.0.0.0", port))
+
+
 previous = sys.modules.pop("collector", None)  # a reload takes up new code
 try:
     import collector
 
-    collector.settings_in_use = settings = collector.read_settings()
+    settings = collector.read_settings()
     collector.check_folder(settings["DATABASE_URL"])
+    if previous is not None:
+        if settings["PORT"] != previous.settings_in_use["PORT"]:
+            check_port(settings["PORT"])
+        collector.app_in_use = collector.make_app(settings)
 except BaseException as fault:  # SystemExit, too, is what a bad setting raises
     if previous is None:
         raise
     log.error("cannot reload, going on as before: %s: %s", type(fault).__name__, fault)
     collector = sys.modules["collector"] = previous
     settings = collector.settings_in_use
+collector.settings_in_use = settings
 
 REQUEST_SECONDS = 5  # for a request to arrive whole; Sentry ends its own after that
 REPLY_SECONDS = 5  # for a client to take something more of the reply
-TURN_SECONDS = 3  # for a reader to wait for other readers
+READER_SECONDS = 3  # for a reader to wait for other readers
 GO_ON_SECONDS = 0.02  # for long replies to go on before
 GIVE_WAY_SECONDS = 0.002  # for others to get the slot
 LEAVING_SECONDS = 1  # for a client to take a refusal
-STOPPING_SECONDS = 1.5  # for what is in hand when the worker is told to end
+STOPPING_SECONDS = 1.5  # for what is in hand when the worker is told to end, of that
+LAST_ACCEPT_SECONDS = 0.3  # for connections that wait to be accepted, and
+LAST_WRITE_SECONDS = 1  # for the database to be free
+FIRST_BYTES = 65536  # to read of a request before it is known how long it is
 HEAD_BYTES = 65536  # of a request
 PART_BYTES = 65536  # of a reply that are worth sending before more of it is made
 MOST_AT_ONCE = 10  # webhooks that share a commit,
 MOST_AT_ONCE_BYTES = 256 * 1024  # and when no more are added to them
 MOST_READERS = 50  # that wait for their turn in one worker
-MOST_KEPT = 300  # connections, and
-MOST_KEPT_BYTES = max(16 * 1024 * 1024, 2 * settings["MAX_BODY_BYTES"])  # bytes of theirs, that a worker keeps
+MOST_KEPT = 300  # connections that a worker keeps, and
+MOST_KEPT_BYTES = max(16 * 1024 * 1024, 2 * settings["MAX_BODY_BYTES"])  # of their long requests, and of replies
 
 bind = f"0.0.0.0:{settings['PORT']}"
 workers = settings["WEB_CONCURRENCY"]
-wsgi_app = "collector:create_app()"
+wsgi_app = "collector:create_app()"  # gunicorn wants one, though the workers have the app of the master
 timeout = 15  # a backstop: no client can hold a worker
 graceful_timeout = 2
 worker_tmp_dir = "/dev/shm"  # a heartbeat on a busy disk would block
@@ -60,7 +76,7 @@ forwarder_headers = ""  # nobody in front moves this service to another path
 control_socket_disable = True  # it needs a writable home
 proc_name = "sentry-error-collector"
 
-BODY = re.compile(rb"\r\n(?:Content-Length:[ \t]*([0-9]{1,18})|Transfer-Encoding:)", re.IGNORECASE)
+BODY = re.compile(rb"\r\n(?:Content-Length:[ \t]*0*([0-9]{1,18})|Transfer-Encoding:)", re.IGNORECASE)
 CONTINUE = re.compile(rb"\r\nExpect:[ \t]*100-continue[ \t]*\r\n", re.IGNORECASE)
 BY_THEMSELVES = b"POST ", b"\r\nPOST ", b"GET /health"  # requests that wait for no reader
 STATUSES = {
@@ -72,7 +88,11 @@ SLOTS = tempfile.TemporaryFile(dir=worker_tmp_dir)  # a byte a slot; record lock
 
 
 class Connection:
-    """A client's connection: its request as it comes, its reply as it goes. gunicorn takes it for the socket."""
+    """A client's connection: its request as it comes, its reply as it goes. gunicorn takes it for the socket.
+
+    It is kept while it receives, then waits to be served, is kept again while it sends the reply or a part of it, waits
+    for the next part to be made, and so on to the end; one that was refused is kept until its client has the reply.
+    """
 
     def __init__(self, client, addr):
         self.client, self.addr = client, addr
@@ -81,17 +101,21 @@ class Connection:
         self.reply, self.parts = bytearray(), None  # parts makes more of the reply
         self.has_begun = self.is_made = False  # about the reply: some of it has been sent, all of it is there
         self.then, self.until = None, 0  # what to do when the client has moved, and how long to wait for that
+        self.is_reading = True  # and not waiting for room for a long request
 
     def fileno(self):
         return self.client.fileno()
 
-    def size(self):
-        return len(self.request) + len(self.reply)
+    def is_whole(self):
+        return len(self.request) >= self.length
+
+    def is_long(self):
+        return self.head_length and self.length > FIRST_BYTES
 
     def receive(self):
         """Take in what has come; say whether that is the whole request, or no more of it will come."""
         try:
-            data = self.client.recv(max(65536, self.length - len(self.request)) if self.head_length else 65536)
+            data = self.client.recv(self.length - len(self.request) if self.is_long() else FIRST_BYTES)
         except BlockingIOError:
             return False
         except OSError:
@@ -99,7 +123,7 @@ class Connection:
         self.request += data
         if not self.head_length:
             self.measure()
-        return not data or len(self.request) >= self.length
+        return not data or self.is_whole()
 
     def measure(self):
         """Find out how long the request is, once its head is here."""
@@ -112,17 +136,16 @@ class Connection:
         self.head_length, self.said = end, end + (int(found[1] or 2**63) if found else 0)
         is_wanted = self.request.startswith(BY_THEMSELVES) and self.said - end <= settings["MAX_BODY_BYTES"]
         self.length = self.said if is_wanted else end
-        if len(self.request) < self.length and CONTINUE.search(self.request, 0, end):
+        if not self.is_whole() and CONTINUE.search(self.request, 0, end):
             with contextlib.suppress(OSError):
                 self.client.send(b"HTTP/1.1 100 Continue\r\n\r\n")
 
     def take_request(self):
         """Return the request as the pieces that gunicorn reads."""
-        end = self.head_length or len(self.request)
-        pieces = [bytes(self.request[:end]), bytes(self.request[end:])]
-        self.said -= len(self.request)
+        end, request = self.head_length or len(self.request), memoryview(self.request)
+        self.said -= len(request)
         self.request = b""
-        return pieces
+        return [bytes(request[:end]), bytes(request[end:])]
 
     def sendall(self, data):
         self.reply += data
@@ -130,6 +153,11 @@ class Connection:
     def send(self, data):
         """Pass over gunicorn's 100 Continue, for which it is too late."""
         return len(data)
+
+    def end(self):
+        """Let the app do what it left for after the reply."""
+        parts, self.parts = self.parts, None
+        parts.close()
 
     def flush(self):
         """Send what the client takes now of the reply."""
@@ -143,49 +171,68 @@ class Worker(SyncWorker):
     """A sync worker that no client can hold.
 
     It serves one request at a time, each once it is here whole, and sends a reply as its client takes it. Webhooks go
-    first. Readers take turns, part by part of a long reply, and at most all workers but one do so at a time.
+    first. Readers take turns, part by part of a long reply, and at most all workers but one do so at a time. gunicorn's
+    hooks around a request are not called.
     """
 
-    handle_quit = SyncWorker.handle_exit  # Ctrl-C, too, leaves time for what is in hand
+    collector = None
 
     def load_wsgi(self):
-        self.wsgi = collector.make_app(settings)  # and not of a .env that has changed since
+        self.wsgi = collector.app_in_use  # made by the master: whatever changes on the disk, a worker can start
         self.collector = self.wsgi.extensions["collector"]
-        self.collector.database.stopping = lambda: not self.alive
-        gc.freeze()  # what is there now stays
+
+    def handle_exit(self, sig, frame):
+        if self.collector:
+            self.collector.database.gives_up_at = time.monotonic() + LAST_WRITE_SECONDS
+        super().handle_exit(sig, frame)
+
+    handle_quit = handle_exit  # Ctrl-C, too, leaves time for what is in hand
 
     def run(self):
-        self.kept, self.webhooks = {}, []  # kept is in the order in which the clients moved
+        self.kept, self.webhooks, self.served = {}, [], []  # connections; what the app has yet to do after replies
         self.readers, self.longer, self.goes_on_until = deque(), deque(), 0  # who begin, who go on with a long reply
-        self.selector, self.expired_at, self.has_more_to_do = selectors.DefaultSelector(), 0, False
+        self.selector, self.looked_at, self.has_more_to_do = selectors.DefaultSelector(), 0, False
         for source in (*self.sockets, self.PIPE[0]):
             self.selector.register(source, selectors.EVENT_READ)
         for listener in self.sockets:
             listener.setblocking(False)
         while self.alive:
             self.step(self.sockets)
-        until = time.monotonic() + STOPPING_SECONDS
+        stopped_at = time.monotonic()
         for listener in self.sockets:
             self.selector.unregister(listener)
-            while self.accept(listener):  # who has connected is not refused
-                self.serve_webhooks()
-        while (self.webhooks or self.readers or any(map(Connection.size, self.kept))) and time.monotonic() < until:
+        while self.take_in(self.sockets) and time.monotonic() < stopped_at + LAST_ACCEPT_SECONDS:
+            self.step(())  # who has connected is not refused
+        while self.has_work() and time.monotonic() < stopped_at + STOPPING_SECONDS:
             self.step(())
+
+    def has_work(self):
+        has_begun = any(connection.request or connection.reply for connection in self.kept)
+        return has_begun or self.webhooks or self.readers or self.longer
 
     def step(self, listeners):
         """Serve some webhooks and a part of a reader's reply, or wait for clients if there are none."""
         self.notify()
-        for _ in range(MOST_AT_ONCE):
-            if sum(map(Connection.size, self.webhooks)) > MOST_AT_ONCE_BYTES or not sum(map(self.accept, listeners)):
-                break
+        self.take_in(listeners)
         is_busy = self.serve_webhooks() | self.serve_reader()
+        while self.served:
+            self.attempt(Connection.end, self.served.pop())
         if self.kept or not is_busy:
             pause = GIVE_WAY_SECONDS / 2 if self.readers or self.longer else 0.1 if self.kept else 0.5
             is_busy |= self.watch(0 if is_busy or self.has_more_to_do else pause)
-        if not is_busy:
+        if not is_busy and (self.has_more_to_do or time.monotonic() > self.collector.kept_house_at + 0.1):
             self.has_more_to_do = self.collector.keep_house()
             if not self.is_parent_alive():
                 self.alive = False
+
+    def take_in(self, listeners):
+        """Accept as many connections as may bring webhooks that share a commit; say whether there were any."""
+        for number in range(MOST_AT_ONCE):
+            if sum(len(connection.request) for connection in self.webhooks) > MOST_AT_ONCE_BYTES:
+                return True
+            if not sum(map(self.accept, listeners)):
+                return number > 0
+        return True
 
     def watch(self, seconds):
         """Go on with the connections whose clients have moved or have had their time; say whether there are any."""
@@ -194,19 +241,34 @@ class Worker(SyncWorker):
             if key.fd == self.PIPE[0]:
                 os.read(key.fd, 4096)
             elif key.fileobj in self.kept:  # and not dropped just now
-                key.fileobj.then(key.fileobj)
-        now = time.monotonic()
-        if self.kept and now > self.expired_at + 0.1:
-            self.expired_at = now
-            for connection in [connection for connection in self.kept if connection.until < now]:
-                if connection.then == self.receive and connection.request:
-                    self.take(connection)
-                else:
-                    self.drop(connection)
+                self.attempt(key.fileobj.then, key.fileobj)
+        if self.kept and time.monotonic() > self.looked_at + 0.1:
+            self.looked_at = time.monotonic()
+            for connection in list(self.kept):
+                if connection in self.kept:
+                    self.attempt(self.look_after, connection)
         return bool(events)
 
+    def look_after(self, connection):
+        """End the time of a client who has had it; go on with one that waits for room."""
+        if connection.until < self.looked_at:
+            if connection.then == self.receive and connection.request:
+                self.take(connection)
+            else:
+                self.drop(connection)
+        elif not connection.is_reading:
+            self.keep_receiving(connection)
+
+    def attempt(self, action, connection):
+        """Do something for a connection; should that fail, it costs nobody else anything."""
+        try:
+            action(connection)
+        except Exception:
+            self.log.exception("fault in a connection")
+            self.drop(connection)
+
     def accept(self, listener):
-        """Accept a connection and serve it if it brings a webhook; say whether there was one."""
+        """Accept a connection and take in what it brings; say whether there was one."""
         try:
             client, addr = listener.accept()
         except OSError as error:
@@ -215,7 +277,7 @@ class Worker(SyncWorker):
                 return True
             return error.errno == errno.ECONNABORTED
         client.setblocking(False)
-        self.receive(Connection(client, addr))
+        self.attempt(self.receive, Connection(client, addr))
         return True
 
     def receive(self, connection):
@@ -223,16 +285,30 @@ class Worker(SyncWorker):
             self.take(connection)
         elif connection.then is None:
             self.keep(connection, self.receive, REQUEST_SECONDS)
+        if connection in self.kept and connection.is_long() and connection.is_reading:
+            self.keep_receiving(connection)
+
+    def keep_receiving(self, connection):
+        """Go on with a long request if there is room for all of it beside the others, else look again soon."""
+        others = (other for other in self.kept if other is not connection and other.then == self.receive)
+        taken = sum(other.length for other in others if other.is_long() and other.is_reading)
+        had_room, connection.is_reading = connection.is_reading, taken + connection.length <= MOST_KEPT_BYTES
+        if connection.is_reading and not had_room:
+            self.selector.register(connection, selectors.EVENT_READ)
+        elif had_room and not connection.is_reading:
+            self.selector.unregister(connection)
 
     def take(self, connection):
-        """Serve a request of which no more will come, or let it wait for its turn."""
+        """Put a request of which no more will come where it waits for its turn."""
         self.release(connection)
+        if not connection.is_whole():
+            del connection.request[connection.head_length or len(connection.request) :]  # the rest is of no use
         if not connection.request:
             self.drop(connection)
         elif connection.request.startswith(BY_THEMSELVES):
             self.webhooks.append(connection)
         elif len(self.readers) < MOST_READERS:
-            connection.until = time.monotonic() + TURN_SECONDS
+            connection.until = time.monotonic() + READER_SECONDS
             self.readers.append(connection)
         else:
             self.turn_away(connection)
@@ -285,7 +361,9 @@ class Worker(SyncWorker):
             self.refuse(connection, error)
         except Exception:
             self.log.exception("fault in a request")
-            self.end(connection, "500 Internal Server Error", "A fault of the collector's own; its log says more.")
+            self.reply_with_error(
+                connection, "500 Internal Server Error", "A fault of the collector's own; its log says more."
+            )
         else:
             self.send(connection)
 
@@ -349,14 +427,14 @@ class Worker(SyncWorker):
             # gunicorn would log the whole of a line that may have megabytes.
             self.log.warning("no HTTP that can be served, from %s: %s", (connection.addr or ["a socket"])[0], name)
         words = f"This is no HTTP that can be served ({name}); send a plain request, and all of it."
-        self.end(connection, status, words)
+        self.reply_with_error(connection, status, words)
 
     def turn_away(self, connection):
         """Refuse a reader who has waited in vain."""
         words = "Other readers keep all workers but the one for webhooks; try again, or raise WEB_CONCURRENCY."
-        self.end(connection, "503 Service Unavailable", words, "Retry-After: 1\r\n")
+        self.reply_with_error(connection, "503 Service Unavailable", words, "Retry-After: 1\r\n")
 
-    def end(self, connection, status, words, header=""):
+    def reply_with_error(self, connection, status, words, header=""):
         """Reply in the one shape of errors, or break off a reply that has begun."""
         if connection.has_begun:
             self.drop(connection)
@@ -374,39 +452,34 @@ class Worker(SyncWorker):
         connection.then, connection.until = then, time.monotonic() + seconds
         if len(self.kept) > MOST_KEPT:
             self.drop(next(iter(self.kept)))
-        if sum(map(Connection.size, self.kept)) > MOST_KEPT_BYTES:
-            self.drop(max(self.kept, key=Connection.size))
+        if sum(len(other.reply) for other in self.kept) > MOST_KEPT_BYTES:
+            self.drop(max(self.kept, key=lambda other: len(other.reply)))
 
     def release(self, connection):
         if connection in self.kept:
             del self.kept[connection]
-            self.selector.unregister(connection)
+            if connection.is_reading:
+                self.selector.unregister(connection)
+            connection.is_reading = True
 
     def drop(self, connection):
-        """Close a connection, and have the app do what it left for after the reply."""
+        """Close a connection; what the app left for after the reply is done when others have theirs."""
         self.release(connection)
         connection.client.close()
         if connection.parts:
-            try:
-                connection.parts.close()
-            except Exception:
-                self.log.exception("fault after a request")
+            self.served.append(connection)
 
 
 worker_class = Worker
 
 
 def on_starting(server):
-    """Make the database and log the settings once, before there are workers."""
-    if server.cfg.is_ssl:
-        raise SystemExit("certfile: this service speaks plain HTTP; let a proxy in front end TLS, as in the README")
-    start = logging.getLogger("collector.start")
-    start.disabled = False
-    collector.make_app(settings)
-    start.disabled = True
-
-
-on_reload = on_starting
+    if server.cfg.is_ssl or server.cfg.proxy_protocol != "off":
+        raise SystemExit(
+            "certfile, proxy_protocol: this service speaks plain HTTP; see the README for a proxy in front"
+        )
+    collector.app_in_use = collector.make_app(settings)
+    gc.freeze()  # what is there now stays, and is shared by the workers
 
 
 def when_ready(server):

@@ -535,6 +535,53 @@ def test_a_request_that_comes_in_pieces_is_served_when_it_is_whole(make_server):
     assert read_all(server)[f"{1:032x}"] == body
 
 
+def memory(server):
+    """Return the megabytes of the largest worker (PSS)."""
+    maps = [Path(f"/proc/{pid}/smaps_rollup").read_text() for pid in workers(server)]
+    return max(int(found.split("\nPss:")[1].split()[0]) / 1024 for found in maps)
+
+
+def test_many_long_uploads_at_once_take_little_memory_and_the_honest_ones_come_through(make_server):
+    server = make_server(WEB_CONCURRENCY="1", **SIGNED)
+    honest = [wire(numbered(number, extra="x" * 2_000_000)) for number in range(12)]
+    uploads = [connect(server, head_of(body) + body[:100_000]) for body in honest]
+    part = head_of(b"x" * 5_000_000) + b"x" * 1_000_000
+    for _ in range(60):
+        connect(server, part[:1_000])
+    for sender, body in zip(uploads, honest, strict=True):
+        threading.Thread(target=sender.sendall, args=(body[100_000:],)).start()
+    highest = memory(server)
+    small = wire(numbered(99))
+    seconds, (status, _) = timed(server.deliver, small, sign(small))
+    assert status == 201 and seconds < 1
+    for sender in uploads:
+        highest = max(highest, memory(server))
+        assert read_to_end(sender).startswith(b"HTTP/1.1 201 ")
+    print(f"{highest:.0f} MB at the most")
+    assert highest < 100
+
+
+def test_long_uploads_that_never_end_take_little_memory(make_server):
+    server = make_server(WEB_CONCURRENCY="1")
+    part = head_of(b"x" * 5_000_000) + b"x" * 4_000_000
+
+    def send():
+        with contextlib.suppress(OSError):
+            connect(server).sendall(part)
+
+    threads = [threading.Thread(target=send) for _ in range(60)]
+    for thread in threads:
+        thread.start()
+    wait_for(lambda: held(server) >= 60)
+    highest = max(memory(server) for _ in range(20))
+    wait_for(lambda: not held(server), 15)
+    for thread in threads:
+        thread.join()
+    highest = max(highest, memory(server))
+    print(f"{highest:.0f} MB at the most")
+    assert highest < 100 and server.deliver(numbered(1))[0] == 201
+
+
 def test_a_client_that_waits_for_a_go_ahead_gets_it(make_server):
     server, body = make_server(), wire(numbered(1))
     client = connect(server, head_of(body, Expect="100-continue"))
@@ -588,6 +635,31 @@ def test_a_stop_takes_3_seconds_at_most_and_finishes_what_is_in_hand(make_server
     assert list(read_all(server)) == ["b" * 32, f"{2:032x}", f"{1:032x}"]
 
 
+def test_a_stop_under_load_is_clean(make_server):
+    server = make_server(**SIGNED)
+    with Senders(server, count=16) as senders:
+        wait_for(lambda: len(senders.answers) > 300)
+        server.process.terminate()
+        seconds, code = timed(server.process.wait, 10)
+        senders.over.set()
+    assert code == 0 and seconds < 3
+    assert server.log.read_text().count("Worker exiting") == 2
+    assert not Path(f"{database_of(server)}-wal").exists()
+    server.start()
+    wait_for_empty_spool(server)
+    assert_all_there(server, senders)
+
+
+def test_a_stop_lets_a_long_reply_end(full):
+    with connect(full, b"GET /errors?format=ndjson HTTP/1.1\r\nHost: x\r\n\r\n") as client:
+        head = client.recv(1 << 16)
+        full.process.terminate()
+        reply = head + read_to_end(client)
+    assert full.process.wait(10) == 0
+    full.start()
+    assert reply.endswith(b"\r\n0\r\n\r\n") and reply.count(b"received_at") >= 2000
+
+
 def test_a_reload_refuses_no_connection_and_loses_no_delivery(make_server):
     server = make_server(**SIGNED)
     with Senders(server) as senders:
@@ -605,23 +677,43 @@ def token_is_set(server):
     return server.get("/config", Authorization="Bearer x").get("api_token_set")
 
 
+def reload(server):
+    """Reload a server and wait until it has its new workers."""
+    old = set(workers(server))
+    server.process.send_signal(signal.SIGHUP)
+    wait_for(lambda: len(workers(server)) == 2 and not old & set(workers(server)))
+
+
 def test_a_reload_with_a_bad_setting_goes_on_as_before(make_server):
     server = make_server()
     settings = server.folder / ".env"
-    settings.write_text("RETENTION_DAYS=soon\n")
-    old = workers(server)
-    server.process.send_signal(signal.SIGHUP)
-    wait_for(lambda: len(workers(server)) == 2 and not set(old) & set(workers(server)))
+    for setting in ("RETENTION_DAYS=soon", "SENTRY_DSN=http://no"):
+        settings.write_text(setting)
+        reload(server)
+        name, _ = setting.split("=")
+        logged = [line for line in server.log.read_text().splitlines() if name in line]
+        assert len(logged) == 1 and "going on as before" in logged[0], logged
     assert server.deliver(numbered(1))[0] == 201
-    logged = [line for line in server.log.read_text().splitlines() if "RETENTION_DAYS" in line]
-    assert len(logged) == 1 and "going on as before" in logged[0] and "'soon'" in logged[0]
     os.kill(workers(server)[0], signal.SIGKILL)  # a worker that takes the place of another reads no settings anew
     wait_for(lambda: len(workers(server)) == 2)
     assert server.deliver(numbered(2))[0] == 201 and not token_is_set(server)
     settings.write_text("API_TOKEN=x\n")
-    server.process.send_signal(signal.SIGHUP)
-    wait_for(lambda: token_is_set(server))
-    assert server.process.poll() is None
+    reload(server)
+    assert token_is_set(server) and server.process.poll() is None
+
+
+def test_a_reload_to_a_port_that_is_taken_goes_on_as_before(tmp_path, shared):
+    server, settings = Server(tmp_path), tmp_path / ".env"
+    del server.env["PORT"]
+    settings.write_text(f"PORT={server.port}")
+    try:
+        server.start()
+        settings.write_text(f"PORT={shared.port}")
+        reload(server)
+        assert "going on as before: OSError" in server.log.read_text()
+        assert server.deliver(numbered(1))[0] == 201
+    finally:
+        server.stop()
 
 
 def test_a_reload_of_broken_code_goes_on_as_before(make_server, tmp_path):
@@ -629,13 +721,17 @@ def test_a_reload_of_broken_code_goes_on_as_before(make_server, tmp_path):
         copy = shutil.copytree if (ROOT / name).is_dir() else shutil.copy
         copy(ROOT / name, tmp_path / name)
     server = make_server("--config", str(tmp_path / "gunicorn.conf.py"), PYTHONPATH=str(tmp_path))
-    old = workers(server)
+    (tmp_path / "schema.sql").rename(tmp_path / "schema")
+    style = tmp_path / "templates" / "style.css"
+    style.rename(tmp_path / "style.css")
+    reload(server)
+    (tmp_path / "style.css").rename(style)
     with (tmp_path / "collector.py").open("a") as code:
         code.write("this is no code\n")
-    server.process.send_signal(signal.SIGHUP)
-    wait_for(lambda: len(workers(server)) == 2 and not set(old) & set(workers(server)))
+    reload(server)
     assert server.deliver(numbered(1))[0] == 201
-    assert "SyntaxError" in server.log.read_text()
+    log = server.log.read_text()
+    assert "as before: FileNotFoundError" in log and "as before: SyntaxError" in log
 
 
 def test_a_rolling_restart_refuses_no_connection_and_loses_no_delivery(make_server):

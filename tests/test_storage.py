@@ -1091,3 +1091,14 @@ def test_the_wal_of_a_database_that_was_killed_is_taken_up(make_app, tmp_path):
     killed = create_app({"DATABASE_URL": f"sqlite:///{tmp_path}/left/errors.db"})
     assert event_ids(killed) == ["0" * 32]
     house(killed).database.close()
+
+
+def test_a_wal_whose_database_was_removed_is_not_taken_up(make_app, tmp_path):
+    post(make_app().test_client(), event_payload("lost"))
+    left = tmp_path / "left"
+    shutil.copytree(tmp_path / "data", left)
+    (left / "errors.db").unlink()
+    fresh = create_app({"DATABASE_URL": f"sqlite:///{left}/errors.db"})
+    assert post(fresh.test_client(), event_payload("new")).status_code == 201
+    assert event_ids(fresh) == ["new"]
+    house(fresh).database.close()
