@@ -18,7 +18,6 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing, contextmanager, suppress
 from datetime import UTC, datetime, timedelta
 from functools import partial
-from itertools import islice
 from pathlib import Path
 
 import click
@@ -371,13 +370,13 @@ COLUMNS = (
     "logger environment release project_id project_slug project_name exception_type exception_value permalink rule"
 ).split()
 SCHEMA_VERSION = 1  # as schema.sql sets it
-WAIT_SECONDS = 3  # for the database's lock; a delivery that waited in vain is spooled
-TURN_SECONDS = 0.5  # for other writers of ours, who take milliseconds unless a long checkpoint is due
+WAIT_SECONDS = 3  # for the database's lock, by the first delivery that finds it taken, which is then spooled
+TURN_SECONDS = 0.5  # of that before others are served meanwhile; writers of ours take milliseconds
 READ_SECONDS = 2  # for a read to wait for a writer, which only the rollback journal asks of it
 LOCAL_FILE_SYSTEMS = "bcachefs btrfs ext2 ext3 ext4 f2fs jfs overlay ramfs reiserfs tmpfs xfs zfs".split()
 CHECKPOINT_CHANGES = 1000  # of rows, about 130 errors: so the WAL stays short and is written over in place
 LONG_WAL_BYTES = 32 * 1024 * 1024  # what a long foreign read, or a burst of large deliveries, lets it grow to
-SPOOL_BATCH = 50  # spooled deliveries that are moved in one transaction
+SPOOL_BATCH, SPOOL_BATCH_BYTES = 50, 1024 * 1024  # spooled deliveries that are moved in one transaction
 DELIVERY_DAYS = 90  # that the counts of deliveries are kept
 
 
@@ -435,16 +434,15 @@ class Database:
         return lock
 
     def is_in_trouble(self):
-        return os.fstat(self.lock_file().fileno()).st_size > 0
+        """Say whether somebody has waited in vain for a write, and nobody has written since."""
+        with suppress(OSError):
+            return os.fstat(self.lock_file().fileno()).st_size > 0
+        return False
 
     def mark_trouble(self, is_there):
         with suppress(OSError):  # it can only make others wait
             if self.is_in_trouble() != is_there:
-                os.ftruncate(self.kept.lock.fileno(), is_there)
-
-    def patience(self, seconds):
-        """Return how long to wait for what deserves `seconds`: hardly at all while the last long wait was in vain."""
-        return 0.01 if self.is_in_trouble() else seconds
+                os.ftruncate(self.lock_file().fileno(), is_there)
 
     def patiently(self, attempt, deadline):
         """Call `attempt` until no lock is in its way; let it fail at the deadline, or soon if the service stops."""
@@ -459,7 +457,7 @@ class Database:
     def connection(self):
         """Return the kept connection to read with; it is opened on first use, and so after the fork."""
         if self.is_stale():
-            with self.locked(time.monotonic() + WAIT_SECONDS):
+            with self.locked(time.monotonic() + TURN_SECONDS):
                 pass
         return self.kept.connection
 
@@ -472,9 +470,8 @@ class Database:
         """Hold the lock that all writers take, with a kept connection to the database as it is now."""
         lock = self.lock_file()
         # Polled, because a blocking flock knows no deadline.
-        turn = min(deadline, time.monotonic() + TURN_SECONDS)
         try:
-            self.patiently(lambda: fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB), turn)
+            self.patiently(lambda: fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB), deadline)
         except BlockingIOError as error:
             raise BlockingIOError(error.errno, "another process of the collector writes and takes long") from None
         try:
@@ -532,9 +529,10 @@ class Database:
         """Yield a connection inside a write transaction of its own, in turn with all other writers, and commit it.
 
         Raises sqlite3.Error or OSError if the database cannot be written within `wait` seconds. Who has waited in vain
-        tells all workers, and nobody waits again until a write succeeds: a crowd that waits would fill every worker.
+        for TURN_SECONDS tells all workers, and nobody waits again until a write succeeds: a crowd would fill them all.
         """
-        deadline = time.monotonic() + (self.patience(WAIT_SECONDS) if wait is None else wait)
+        patience = 0.01 if self.is_in_trouble() else TURN_SECONDS
+        deadline = time.monotonic() + (patience if wait is None else wait)
         try:
             with self.locked(deadline) as connection:
                 connection.execute("PRAGMA busy_timeout = 0")  # to wait is `patiently`'s
@@ -720,7 +718,7 @@ def select_neighbours(connection, id_):
 
 def check_writable(database):
     """Commit a row; raise sqlite3.Error or OSError if that cannot be done."""
-    with database.turn(wait=database.patience(0.5)) as connection:
+    with database.turn() as connection:
         sql = "INSERT INTO health VALUES (1, :at) ON CONFLICT DO UPDATE SET checked_at = :at"
         connection.execute(sql, {"at": now()})
 
@@ -778,7 +776,7 @@ class Spool:
     """A folder of deliveries that the database could not take yet, a file each, their names in order of receipt."""
 
     def __init__(self, folder):
-        self.folder, self.queue, self.unreadable = Path(folder), deque(), set()
+        self.folder, self.queue, self.ready, self.unreadable = Path(folder), deque(), [], set()
 
     def put(self, received_at, resource, body):
         """Write a delivery to disk, synced; raise OSError if that cannot be done."""
@@ -813,47 +811,69 @@ class Spool:
         `read_row` makes a row of a resource, a time and a body. A file is removed after the commit; should that fail,
         the database knows the delivery when it comes again.
         """
+        until = time.monotonic() + seconds
+        while time.monotonic() < until:
+            # What was made ready is kept if the database has no time for it now.
+            self.ready = self.ready or self.make_ready(read_row, until)
+            if not self.ready:
+                break
+            with database.turn(wait=0.01) as connection:
+                for file, row in self.ready:
+                    self.insert(connection, file, row)
+            for file, _ in self.ready:
+                file.unlink(missing_ok=True)
+            log.info("moved %d spooled deliveries into the database", len(self.ready))
+            self.ready = []
+        return bool(self.ready or self.queue)
+
+    def make_ready(self, read_row, until):
+        """Return the next files with their rows, as many as there is time for and as share a transaction."""
         if not self.queue:
             # Listed once for all that wait: there may be many thousands of them.
             self.queue = deque(sorted(name for name in self.names() if name not in self.unreadable))
-        until = time.monotonic() + seconds
-        while self.queue and time.monotonic() < until:
-            looked_at, moved = 0, []
-            with database.turn(wait=0.01) as connection:
-                for name in islice(self.queue, SPOOL_BATCH):
-                    looked_at += 1
-                    if self.move(self.folder / name, connection, read_row):
-                        moved.append(self.folder / name)
-                    if time.monotonic() > until:
-                        break
-            for _ in range(looked_at):
-                self.queue.popleft()
-            for file in moved:
-                file.unlink(missing_ok=True)
-            if moved:
-                log.info("moved %d spooled deliveries into the database", len(moved))
-        return bool(self.queue)
+        ready, size = [], 0
+        while self.queue and len(ready) < SPOOL_BATCH and size < SPOOL_BATCH_BYTES:
+            file = self.folder / self.queue[0]
+            row = self.read(file, read_row)
+            self.queue.popleft()
+            if row:
+                ready.append((file, row))
+                size += len(row["payload"])
+            if time.monotonic() > until:
+                break
+        return ready
 
-    def move(self, file, connection, read_row):
-        """Insert a spooled delivery, and say so; one that makes no error is set aside for a person to see."""
+    def read(self, file, read_row):
+        """Return the row of a spooled delivery, None if it is gone, can't be read, or makes no error."""
         try:
             head, _, body = file.read_bytes().partition(b"\n")
         except FileNotFoundError:
-            return False  # another worker has just moved it
+            return None  # another worker has just moved it
         except OSError as error:
             self.unreadable.add(file.name)
             log.error("cannot read a spooled delivery, it waits for the next start: %s", error)
-            return False
+            return None
         try:
             received_at, resource = json.loads(head)
-            insert_error(connection, read_row(body, resource, received_at) | pack(body))
-            return True
+            return read_row(body, resource, received_at) | pack(body)
+        except MemoryError:
+            raise
+        except Exception as error:
+            self.set_aside(file, error)
+            return None
+
+    def insert(self, connection, file, row):
+        try:
+            insert_error(connection, row)
         except Exception as error:
             if type(error) in (sqlite3.OperationalError, sqlite3.DatabaseError, MemoryError):
                 raise  # the fault is not the delivery's
-            aside = file.rename(file.with_suffix(".rejected"))
-            log.error("cannot make an error of a spooled delivery (%s), see %s", type(error).__name__, aside)
-            return False
+            self.set_aside(file, error)
+
+    def set_aside(self, file, error):
+        """Give a delivery that makes no error another name, for a person to see."""
+        aside = file.rename(file.with_suffix(".rejected"))
+        log.error("cannot make an error of a spooled delivery (%s), see %s", type(error).__name__, aside)
 
 
 def backup(path, target, report):
@@ -1093,7 +1113,7 @@ class Collector:
         self.tally.add(outcome, reason)
         if self.tally.may_write():
             with suppress(sqlite3.Error, OSError):
-                with self.database.turn(wait=0.1) as connection:
+                with self.database.turn(wait=0) as connection:
                     self.tally.write(connection)
                 self.tally.pending.clear()
 
@@ -1108,20 +1128,33 @@ class Collector:
         return delivery
 
     def settle(self, delivery):
-        """Commit a delivery, in one transaction with all that wait; spool what cannot be committed."""
+        """Commit a delivery, in one transaction with all that wait; spool what cannot be committed.
+
+        One that finds the database locked, the first of all, has no outcome yet: it is to be settled again soon.
+        """
         with self.settling:
             if not delivery.outcome:
                 waiting = self.waiting[:]
                 del self.waiting[: len(waiting)]
-                self.store(waiting)
+                self.store(waiting if delivery in waiting else [*waiting, delivery])
+
+    def settle_at_last(self, delivery):
+        """Settle a delivery whose reply nobody waits for: what was received is stored."""
+        delivery.waits_until = 0
+        self.settle(delivery)
 
     def store(self, deliveries):
         """Commit deliveries in one transaction, if need be in one each; spool what cannot be committed."""
+        was_in_trouble = self.database.is_in_trouble()
         try:
             self.commit(deliveries)
         except Exception as error:  # whatever it is: Sentry will not send this again
             may_be_one = len(deliveries) > 1 and not is_busy(error)  # of them that is the cause
-            for delivery in deliveries:
+            for number, delivery in enumerate(deliveries):
+                if is_busy(error) and number == 0 and not was_in_trouble and delivery.waits_until is None:
+                    delivery.waits_until = time.monotonic() + WAIT_SECONDS - TURN_SECONDS
+                if is_busy(error) and time.monotonic() < min(delivery.waits_until or 0, self.database.gives_up_at):
+                    continue
                 if may_be_one:
                     self.store([delivery])
                 else:
@@ -1187,7 +1220,7 @@ class Delivery:
 
     def __init__(self, body, resource, received_at, row):
         self.body, self.resource, self.received_at, self.row = body, resource, received_at, row
-        self.outcome = self.id = None
+        self.outcome = self.id = self.waits_until = None  # monotonic
 
 
 def collector():
@@ -1293,12 +1326,15 @@ class Receipt(Response):
         self.shared, self.delivery, self.started = shared, delivery, started
 
     def __call__(self, environ, start_response):
-        # Settled at the latest when it is closed: what was received is stored, even if nobody asks for the reply.
-        at_last = partial(self.shared.settle, self.delivery)
+        at_last = partial(self.shared.settle_at_last, self.delivery)
         return ClosingIterator(self.settle(environ, start_response), [at_last, self.close])
 
     def settle(self, environ, start_response):
         self.shared.settle(self.delivery)
+        while not self.delivery.outcome:
+            if environ.get("collector.serves_others"):
+                yield b""  # gunicorn.conf.py's worker does so meanwhile, and asks again
+            self.shared.settle(self.delivery)
         outcome, id_ = self.delivery.outcome, self.delivery.id
         log_delivery(environ, self.started, outcome, id_)
         reply, headers = {"status": outcome}, self.headers.to_wsgi_list()
@@ -1544,8 +1580,10 @@ def export(shared, filters, limit):
             if body is not None:  # deleted meanwhile
                 lines.append(as_json(detail(row, body)))
             if sum(map(len, lines)) > 65536:
-                yield "".join(lines)
+                part, body = "".join(lines), None  # to keep little while the client takes it
                 lines.clear()
+                yield part
+                del part
         left = left - len(rows) if len(rows) == 100 else 0
         filters = filters | ({"after" if oldest_first else "before": rows[-1]["id"]} if rows else {})
     yield "".join(lines)

@@ -8,8 +8,10 @@ import logging
 import math
 import os
 import re
+import resource
 import selectors
 import socket
+import sqlite3
 import sys
 import tempfile
 import time
@@ -63,6 +65,7 @@ PART_BYTES = 65536  # of a reply that are worth sending before more of it is mad
 MOST_AT_ONCE = 10  # webhooks that share a commit,
 MOST_AT_ONCE_BYTES = 256 * 1024  # and when no more are added to them
 MOST_READERS = 50  # that wait for their turn in one worker
+SPARE_FILES = 100  # for other connections and the database, of those that the system lets a worker open
 MOST_KEPT = 300  # connections that a worker keeps, and
 MOST_KEPT_BYTES = max(16 * 1024 * 1024, 2 * settings["MAX_BODY_BYTES"])  # of their long requests, and of replies
 
@@ -84,7 +87,8 @@ STATUSES = {
     "LimitRequestHeaders": "431 Request Header Fields Too Large",
     "NoMoreData": "408 Request Timeout",
 }
-SLOTS = tempfile.TemporaryFile(dir=worker_tmp_dir)  # a byte a slot; record locks belong to a process, not to the file
+# A byte a slot; record locks belong to a process, not to the file. A reload keeps it.
+SLOTS = collector.slots = getattr(previous, "slots", None) or tempfile.TemporaryFile(dir=worker_tmp_dir)
 
 
 class Connection:
@@ -99,7 +103,7 @@ class Connection:
         self.request, self.head_length = bytearray(), 0
         self.said, self.length = math.inf, math.inf  # bytes that the client means to send, bytes that are waited for
         self.reply, self.parts = bytearray(), None  # parts makes more of the reply
-        self.has_begun = self.is_made = False  # about the reply: some of it has been sent, all of it is there
+        self.is_waiting = self.has_begun = self.is_made = False  # the app has to wait; some was sent; all is there
         self.then, self.until = None, 0  # what to do when the client has moved, and how long to wait for that
         self.is_reading = True  # and not waiting for room for a long request
 
@@ -192,6 +196,8 @@ class Worker(SyncWorker):
         self.kept, self.webhooks, self.served = {}, [], []  # connections; what the app has yet to do after replies
         self.readers, self.longer, self.goes_on_until = deque(), deque(), 0  # who begin, who go on with a long reply
         self.selector, self.looked_at, self.has_more_to_do = selectors.DefaultSelector(), 0, False
+        with contextlib.suppress(sqlite3.Error, OSError):
+            self.collector.database.connection()  # before there are clients, who may use up what files it may open
         for source in (*self.sockets, self.PIPE[0]):
             self.selector.register(source, selectors.EVENT_READ)
         for listener in self.sockets:
@@ -321,6 +327,7 @@ class Worker(SyncWorker):
         for connection in webhooks:
             if not connection.is_made:
                 self.serve(connection)
+        self.webhooks += [connection for connection in webhooks if connection.is_waiting]
         return bool(webhooks)
 
     def serve_reader(self):
@@ -353,7 +360,7 @@ class Worker(SyncWorker):
         try:
             connection.parts = connection.parts or self.make_reply(connection)
             for _ in connection.parts:
-                if hand_over:
+                if hand_over or connection.is_waiting:
                     return
                 if connection.is_made or len(connection.reply) > PART_BYTES:
                     break
@@ -375,6 +382,7 @@ class Worker(SyncWorker):
         started, server = datetime.now(), connection.client.getsockname()
         response, environ = wsgi.create(request, connection, connection.addr, server, self.cfg)
         response.force_close()
+        environ["collector.serves_others"] = True
         self.nr += 1
         if self.nr >= self.max_requests:
             self.alive = False
@@ -382,7 +390,10 @@ class Worker(SyncWorker):
         try:
             yield
             for part in parts:
-                response.write(part)
+                connection.is_waiting = response.status is None  # the app cannot say yet
+                if not connection.is_waiting:
+                    response.write(part)
+                del part
                 yield
             response.close()
             connection.is_made = True
@@ -400,7 +411,7 @@ class Worker(SyncWorker):
             elif not connection.is_made:
                 self.release(connection)
                 self.longer.append(connection)
-            elif connection.said <= 0:
+            elif connection.said == 0:
                 self.drop(connection)
             else:  # to close now would reset the connection, and the reply be lost
                 connection.client.shutdown(socket.SHUT_WR)
@@ -450,8 +461,8 @@ class Worker(SyncWorker):
         self.selector.register(connection, events)
         self.kept[connection] = None
         connection.then, connection.until = then, time.monotonic() + seconds
-        if len(self.kept) > MOST_KEPT:
-            self.drop(next(iter(self.kept)))
+        if len(self.kept) > min(MOST_KEPT, resource.getrlimit(resource.RLIMIT_NOFILE)[0] - SPARE_FILES):
+            self.drop(min(self.kept, key=lambda other: other.head_length > 0))  # the first without a head, or of all
         if sum(len(other.reply) for other in self.kept) > MOST_KEPT_BYTES:
             self.drop(max(self.kept, key=lambda other: len(other.reply)))
 
@@ -478,6 +489,9 @@ def on_starting(server):
         raise SystemExit(
             "certfile, proxy_protocol: this service speaks plain HTTP; see the README for a proxy in front"
         )
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    if soft < 1024:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (1024 if hard == resource.RLIM_INFINITY else min(1024, hard), hard))
     collector.app_in_use = collector.make_app(settings)
     gc.freeze()  # what is there now stays, and is shared by the workers
 

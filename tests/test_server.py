@@ -64,10 +64,12 @@ def wait_for_workers(server):
     wait_for(all_have_answered)
 
 
-def held(server):
-    """Return how many connections the server's processes hold."""
+def held(server, and_waiting=False):
+    """Return how many connections the server's processes hold, and how many wait to be accepted if that is asked."""
     port, lines = f":{server.port:04X}", Path("/proc/net/tcp").read_text().splitlines()[1:]
     sockets = [line.split() for line in lines]
+    if and_waiting:
+        return sum(item[1].endswith(port) and item[3] == "01" for item in sockets)
     return sum(item[1].endswith(port) and item[3] != "0A" and item[9] != "0" for item in sockets)
 
 
@@ -296,17 +298,87 @@ def test_a_crowd_at_a_locked_database_is_answered_within_the_second(make_server)
         assert status == 202 and seconds < 1
 
 
+def test_while_one_delivery_waits_for_a_lock_the_others_are_served(make_server):
+    server = make_server(WEB_CONCURRENCY="1")
+    body = wire(numbered(1))
+    halves = [connect(server, head_of(body)) for _ in range(5)]
+    with ThreadPoolExecutor(20) as pool:
+        os.kill(workers(server)[0], signal.SIGSTOP)  # so that all are there at once
+        with locked(server):
+            answers = [pool.submit(timed, server.deliver, numbered(number)) for number in range(2, 14)]
+            wait_for(lambda: held(server, and_waiting=True) >= 17)
+            os.kill(workers(server)[0], signal.SIGCONT)
+            wait_for(lambda: server.log.read_text().count("webhook queued") == 11)
+            for half in halves:
+                half.sendall(body)
+            began = time.monotonic()
+            assert all(read_to_end(half).startswith(b"HTTP/1.1 202 ") for half in halves)
+            assert time.monotonic() - began < 1
+            seconds = sorted(answer.result()[0] for answer in answers)
+            assert timed(server.get, "/errors")[0] < 1
+    print(f"of 12 at once: {seconds[-2]:.2f} s, the one that waited {seconds[-1]:.2f} s")
+    assert seconds[-2] < 1 and 2.5 < seconds[-1] < 4
+    wait_for_empty_spool(server)
+    assert len(read_all(server)) == 13
+
+
+def test_health_checks_and_refusals_beside_a_lock_keep_no_webhook_waiting(make_server):
+    server = make_server()
+    wait_for_workers(server)
+    with locked(server):
+        checks = [connect(server, b"GET /health HTTP/1.1\r\nHost: x\r\n\r\n") for _ in range(20)]
+        refused = [connect(server, head_of(b"{}") + b"{}") for _ in range(60)]
+        server.deliver(numbered(1))  # waits for all
+        checks += [connect(server, b"GET /health HTTP/1.1\r\nHost: x\r\n\r\n") for _ in range(20)]
+        refused += [connect(server, head_of(b"{}") + b"{}") for _ in range(60)]
+        seconds, (status, _) = timed(server.deliver, numbered(2))
+        assert status == 202 and seconds < 1, seconds
+        assert {read_to_end(check).split(b" ")[1] for check in checks} == {b"503"}
+
+
+def test_few_files_and_many_connections_cost_no_delivery(make_server):
+    server = make_server()
+    for pid in workers(server):
+        hard = resource.prlimit(pid, resource.RLIMIT_NOFILE)[1]
+        resource.prlimit(pid, resource.RLIMIT_NOFILE, (256, hard))
+    for _ in range(700):
+        connect(server, b"GET /")
+    answers = [timed(server.deliver, numbered(number)) for number in range(20)]
+    assert {status for _, (status, _) in answers} == {201} and max(answers)[0] < 1
+    assert server.request("GET", "/?format=html")[0] == 200
+
+
+def test_a_spool_of_large_deliveries_holds_nobody_up(make_server):
+    server = make_server()
+    wait_for_workers(server)
+    source = random.Random(1)
+    for number in range(60):
+        body = wire(numbered(1000 + number, extra=source.randbytes(1_000_000).hex()))
+        file = server.folder / "data" / "spool" / f"{number:020}-1.delivery"
+        file.write_bytes(b'["2025-01-02T03:04:05.000000Z", "error"]\n' + body)
+    answers = []
+    while spooled(server):
+        answers.append(timed(server.deliver, numbered(len(answers))))
+    print(f"{len(answers)} webhooks meanwhile, slowest {max(answers)[0]:.2f} s")
+    assert {status for _, (status, _) in answers} == {201} and max(answers)[0] < 1
+    ids = [int(event_id, 16) for event_id in read_all(server)]
+    assert [number for number in ids if number >= 1000] == list(range(1000, 1060))
+
+
 def test_a_lock_released_after_a_second_is_waited_for_even_if_the_sender_has_hung_up(make_server):
     server, bodies = make_server(**SIGNED), [wire(numbered(number)) for number in (1, 2)]
     with ThreadPoolExecutor() as pool:
         with locked(server):
             answer = pool.submit(timed, server.deliver, bodies[0], sign(bodies[0]))
-            connect(server, head_of(bodies[1]) + bodies[1]).close()
             time.sleep(1)
         seconds, (status, _) = answer.result()
     assert status == 201 and 0.9 < seconds < 2.5, seconds
+    with locked(server):
+        connect(server, head_of(bodies[1]) + bodies[1]).close()
+        time.sleep(1)
     wait_for(lambda: len(read_all(server)) == 2)
     assert sorted(read_all(server).values()) == sorted(bodies)
+    assert server.log.read_text().count("webhook stored") == 2
 
 
 def test_a_delivery_that_waits_for_the_lock_is_spooled_when_the_service_stops(make_server):
