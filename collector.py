@@ -1140,7 +1140,7 @@ class Collector:
 
     def settle_at_last(self, delivery):
         """Settle a delivery whose reply nobody waits for: what was received is stored."""
-        delivery.waits_until = 0
+        delivery.waits_until = -math.inf
         self.settle(delivery)
 
     def store(self, deliveries):
@@ -1149,15 +1149,14 @@ class Collector:
         try:
             self.commit(deliveries)
         except Exception as error:  # whatever it is: Sentry will not send this again
-            may_be_one = len(deliveries) > 1 and not is_busy(error)  # of them that is the cause
-            for number, delivery in enumerate(deliveries):
-                if is_busy(error) and number == 0 and not was_in_trouble and delivery.waits_until is None:
-                    delivery.waits_until = time.monotonic() + WAIT_SECONDS - TURN_SECONDS
-                if is_busy(error) and time.monotonic() < min(delivery.waits_until or 0, self.database.gives_up_at):
-                    continue
-                if may_be_one:
+            if is_busy(error) and not was_in_trouble and not isinstance(error, BlockingIOError):
+                # Only what another program locks is worth waiting for: a writer of ours that takes long is at work.
+                first = deliveries[0]
+                first.waits_until = first.waits_until or time.monotonic() + WAIT_SECONDS - TURN_SECONDS
+            for delivery in deliveries:
+                if len(deliveries) > 1 and not is_busy(error):  # one of them may be the cause
                     self.store([delivery])
-                else:
+                elif not is_busy(error) or time.monotonic() > min(delivery.waits_until, self.database.gives_up_at):
                     self.put_aside(delivery, error)
 
     def commit(self, deliveries):
@@ -1220,7 +1219,7 @@ class Delivery:
 
     def __init__(self, body, resource, received_at, row):
         self.body, self.resource, self.received_at, self.row = body, resource, received_at, row
-        self.outcome = self.id = self.waits_until = None  # monotonic
+        self.outcome, self.id, self.waits_until = None, None, 0  # monotonic; 0: has not waited
 
 
 def collector():

@@ -1012,9 +1012,14 @@ def test_a_group_that_finds_the_database_locked_is_spooled_in_order(app, client,
 
 
 def test_a_delivery_is_stored_even_if_nobody_asks_for_the_reply(app):
-    _, parts = hand_over(app, event_payload())
+    _, parts = hand_over(app, event_payload("a"))
     parts.close()
-    assert event_ids(app) == ["0" * 32]
+    with locked(app):
+        _, parts = hand_over(app, event_payload("b"))
+        parts.close()
+        assert spooled(app) == 1
+    assert keep_house(app.test_client()) == 200
+    assert event_ids(app) == ["a", "b"]
 
 
 def test_threads_that_deliver_at_once_all_get_their_own_reply(app):
