@@ -423,6 +423,7 @@ class Database:
         self.path, self.gives_up_at = Path(path), math.inf  # monotonic; set when the service stops
         self.journal_mode = choose_journal_mode(self.path.parent)
         self.kept = threading.local()
+        self.is_first = False  # of all workers, to have found the database locked
         self.changes, self.checkpointing = CHECKPOINT_CHANGES, None
 
     def lock_file(self):
@@ -439,10 +440,17 @@ class Database:
             return os.fstat(self.lock_file().fileno()).st_size > 0
         return False
 
+    def note_trouble(self, wait):
+        """Tell all workers of a wait in vain, if it was a full one; say whether that is news."""
+        return wait is None and time.monotonic() < self.gives_up_at and self.mark_trouble(True)
+
     def mark_trouble(self, is_there):
+        """Tell all workers whether there is trouble; say whether that is news."""
         with suppress(OSError):  # it can only make others wait
             if self.is_in_trouble() != is_there:
                 os.ftruncate(self.lock_file().fileno(), is_there)
+                return True
+        return False
 
     def patiently(self, attempt, deadline):
         """Call `attempt` until no lock is in its way; let it fail at the deadline, or soon if the service stops."""
@@ -531,13 +539,17 @@ class Database:
         Raises sqlite3.Error or OSError if the database cannot be written within `wait` seconds. Who has waited in vain
         for TURN_SECONDS tells all workers, and nobody waits again until a write succeeds: a crowd would fill them all.
         """
-        patience = 0.01 if self.is_in_trouble() else TURN_SECONDS
+        self.is_first, patience = False, 0.01 if self.is_in_trouble() else TURN_SECONDS
         deadline = time.monotonic() + (patience if wait is None else wait)
         try:
             with self.locked(deadline) as connection:
                 connection.execute("PRAGMA busy_timeout = 0")  # to wait is `patiently`'s
                 try:
-                    self.patiently(lambda: connection.execute("BEGIN IMMEDIATE"), deadline)
+                    try:
+                        self.patiently(lambda: connection.execute("BEGIN IMMEDIATE"), deadline)
+                    except sqlite3.OperationalError:
+                        self.is_first = self.note_trouble(wait)  # in turn, so that one of all workers is
+                        raise
                     before = connection.total_changes
                     yield connection
                     self.changes += connection.total_changes - before
@@ -547,8 +559,7 @@ class Database:
                         connection.execute("ROLLBACK")
                     connection.execute(f"PRAGMA busy_timeout = {READ_SECONDS * 1000}")
         except (sqlite3.Error, OSError) as error:
-            if wait is None and time.monotonic() < self.gives_up_at:
-                self.mark_trouble(True)
+            self.note_trouble(wait)
             if not is_busy(error):
                 self.drop_connection()
             raise
@@ -1111,7 +1122,11 @@ class Collector:
     def count(self, outcome, reason):
         """Count a delivery that needs no transaction, and write the counts where that is cheap."""
         self.tally.add(outcome, reason)
-        if self.tally.may_write():
+        self.write_counts()
+
+    def write_counts(self):
+        """Write the counts that no transaction has taken along yet, where that is cheap."""
+        if self.tally.pending and self.tally.may_write():
             with suppress(sqlite3.Error, OSError):
                 with self.database.turn(wait=0) as connection:
                     self.tally.write(connection)
@@ -1145,12 +1160,10 @@ class Collector:
 
     def store(self, deliveries):
         """Commit deliveries in one transaction, if need be in one each; spool what cannot be committed."""
-        was_in_trouble = self.database.is_in_trouble()
         try:
             self.commit(deliveries)
         except Exception as error:  # whatever it is: Sentry will not send this again
-            if is_busy(error) and not was_in_trouble and not isinstance(error, BlockingIOError):
-                # Only what another program locks is worth waiting for: a writer of ours that takes long is at work.
+            if is_busy(error) and self.database.is_first:
                 first = deliveries[0]
                 first.waits_until = first.waits_until or time.monotonic() + WAIT_SECONDS - TURN_SECONDS
             for delivery in deliveries:
@@ -1203,6 +1216,7 @@ class Collector:
                     has_more = True
                 else:
                     self.pruned_at = time.monotonic()
+            self.write_counts()
             self.database.checkpoint()
         except (sqlite3.Error, OSError, RuntimeError, MemoryError):  # the next delivery or health check says so
             return False

@@ -56,10 +56,13 @@ READER_SECONDS = 3  # for a reader to wait for other readers
 GO_ON_SECONDS = 0.02  # for long replies to go on before
 GIVE_WAY_SECONDS = 0.002  # for others to get the slot
 LEAVING_SECONDS = 1  # for a client to take a refusal
-STOPPING_SECONDS = 1.5  # for what is in hand when the worker is told to end, of that
+STOPPING_SECONDS = 1.4  # for what is in hand when the worker is told to end, of that
 LAST_ACCEPT_SECONDS = 0.3  # for connections that wait to be accepted, and
 LAST_WRITE_SECONDS = 1  # for the database to be free
+STILL_SECONDS = 0.5  # for a long request to move while others wait for room, and
+FAVOUR_SECONDS = 1  # for one of those to go on without
 FIRST_BYTES = 65536  # to read of a request before it is known how long it is
+STEP_BYTES = 256 * 1024  # to read of a long one at a time
 HEAD_BYTES = 65536  # of a request
 PART_BYTES = 65536  # of a reply that are worth sending before more of it is made
 MOST_AT_ONCE = 10  # webhooks that share a commit,
@@ -105,7 +108,7 @@ class Connection:
         self.reply, self.parts = bytearray(), None  # parts makes more of the reply
         self.is_waiting = self.has_begun = self.is_made = False  # the app has to wait; some was sent; all is there
         self.then, self.until = None, 0  # what to do when the client has moved, and how long to wait for that
-        self.is_reading = True  # and not waiting for room for a long request
+        self.began_at, self.moved_at, self.favoured_at = time.monotonic(), 0, 0
 
     def fileno(self):
         return self.client.fileno()
@@ -113,18 +116,22 @@ class Connection:
     def is_whole(self):
         return len(self.request) >= self.length
 
+    def lacks(self):
+        return self.length - len(self.request)
+
     def is_long(self):
         return self.head_length and self.length > FIRST_BYTES
 
     def receive(self):
         """Take in what has come; say whether that is the whole request, or no more of it will come."""
         try:
-            data = self.client.recv(self.length - len(self.request) if self.is_long() else FIRST_BYTES)
+            data = self.client.recv(min(self.lacks(), STEP_BYTES) if self.is_long() else FIRST_BYTES)
         except BlockingIOError:
             return False
         except OSError:
             data = b""
         self.request += data
+        self.moved_at = time.monotonic()
         if not self.head_length:
             self.measure()
         return not data or self.is_whole()
@@ -179,22 +186,27 @@ class Worker(SyncWorker):
     hooks around a request are not called.
     """
 
-    collector = None
+    collector = stopped_at = None
 
     def load_wsgi(self):
         self.wsgi = collector.app_in_use  # made by the master: whatever changes on the disk, a worker can start
         self.collector = self.wsgi.extensions["collector"]
 
     def handle_exit(self, sig, frame):
-        if self.collector:
-            self.collector.database.gives_up_at = time.monotonic() + LAST_WRITE_SECONDS
+        self.begin_to_stop()
         super().handle_exit(sig, frame)
+
+    def begin_to_stop(self):
+        if self.collector and not self.stopped_at:
+            self.stopped_at = time.monotonic()
+            self.collector.database.gives_up_at = self.stopped_at + LAST_WRITE_SECONDS
 
     handle_quit = handle_exit  # Ctrl-C, too, leaves time for what is in hand
 
     def run(self):
         self.kept, self.webhooks, self.served = {}, [], []  # connections; what the app has yet to do after replies
         self.readers, self.longer, self.goes_on_until = deque(), deque(), 0  # who begin, who go on with a long reply
+        self.paused, self.favourite = set(), None  # long requests that wait for room, and the one that needs none
         self.selector, self.looked_at, self.has_more_to_do = selectors.DefaultSelector(), 0, False
         with contextlib.suppress(sqlite3.Error, OSError):
             self.collector.database.connection()  # before there are clients, who may use up what files it may open
@@ -204,13 +216,14 @@ class Worker(SyncWorker):
             listener.setblocking(False)
         while self.alive:
             self.step(self.sockets)
-        stopped_at = time.monotonic()
+        self.begin_to_stop()
         for listener in self.sockets:
             self.selector.unregister(listener)
-        while self.take_in(self.sockets) and time.monotonic() < stopped_at + LAST_ACCEPT_SECONDS:
+        while self.take_in(self.sockets) and time.monotonic() < self.stopped_at + LAST_ACCEPT_SECONDS:
             self.step(())  # who has connected is not refused
-        while self.has_work() and time.monotonic() < stopped_at + STOPPING_SECONDS:
+        while self.has_work() and time.monotonic() < self.stopped_at + STOPPING_SECONDS:
             self.step(())
+        self.collector.write_counts()
 
     def has_work(self):
         has_begun = any(connection.request or connection.reply for connection in self.kept)
@@ -248,22 +261,20 @@ class Worker(SyncWorker):
                 os.read(key.fd, 4096)
             elif key.fileobj in self.kept:  # and not dropped just now
                 self.attempt(key.fileobj.then, key.fileobj)
+        if self.paused:
+            self.share_room()
         if self.kept and time.monotonic() > self.looked_at + 0.1:
             self.looked_at = time.monotonic()
             for connection in list(self.kept):
-                if connection in self.kept:
-                    self.attempt(self.look_after, connection)
+                if connection in self.kept and connection.until < self.looked_at:
+                    self.attempt(self.expire, connection)
         return bool(events)
 
-    def look_after(self, connection):
-        """End the time of a client who has had it; go on with one that waits for room."""
-        if connection.until < self.looked_at:
-            if connection.then == self.receive and connection.request:
-                self.take(connection)
-            else:
-                self.drop(connection)
-        elif not connection.is_reading:
-            self.keep_receiving(connection)
+    def expire(self, connection):
+        if connection.then == self.receive and connection.request:
+            self.take(connection)
+        else:
+            self.drop(connection)
 
     def attempt(self, action, connection):
         """Do something for a connection; should that fail, it costs nobody else anything."""
@@ -289,20 +300,39 @@ class Worker(SyncWorker):
     def receive(self, connection):
         if connection.receive():
             self.take(connection)
-        elif connection.then is None:
+            return
+        if connection.then is None:
             self.keep(connection, self.receive, REQUEST_SECONDS)
-        if connection in self.kept and connection.is_long() and connection.is_reading:
-            self.keep_receiving(connection)
+        if connection.is_long() and connection is not self.favourite and not self.has_room():
+            self.pause(connection)
 
-    def keep_receiving(self, connection):
-        """Go on with a long request if there is room for all of it beside the others, else look again soon."""
-        others = (other for other in self.kept if other is not connection and other.then == self.receive)
-        taken = sum(other.length for other in others if other.is_long() and other.is_reading)
-        had_room, connection.is_reading = connection.is_reading, taken + connection.length <= MOST_KEPT_BYTES
-        if connection.is_reading and not had_room:
+    def has_room(self):
+        """Say whether there is memory for more of the long requests."""
+        return sum(len(other.request) for other in self.kept if other.is_long()) + STEP_BYTES <= MOST_KEPT_BYTES
+
+    def share_room(self):
+        """Let paused requests go on if there is room, else one of them for a while; end those that hold it idly."""
+        now, waiting = time.monotonic(), sorted(self.paused, key=lambda other: (other.favoured_at, other.lacks()))
+        if not self.has_room():
+            receiving = [other for other in self.kept if other.is_long() and other.then == self.receive]
+            for connection in receiving:
+                if connection not in self.paused and connection.moved_at < now - STILL_SECONDS:
+                    self.attempt(self.expire, connection)
+            if self.favourite in self.kept and self.favourite.then == self.receive:
+                if now < self.favourite.favoured_at + FAVOUR_SECONDS:
+                    return
+                self.pause(self.favourite)
+            self.favourite, waiting = waiting[0], waiting[:1]
+            self.favourite.favoured_at = now
+        for connection in self.paused.intersection(waiting):
+            self.paused.remove(connection)
             self.selector.register(connection, selectors.EVENT_READ)
-        elif had_room and not connection.is_reading:
-            self.selector.unregister(connection)
+            connection.moved_at = now
+            connection.until = min(now + REQUEST_SECONDS, connection.began_at + 2 * REQUEST_SECONDS)
+
+    def pause(self, connection):
+        self.selector.unregister(connection)
+        self.paused.add(connection)
 
     def take(self, connection):
         """Put a request of which no more will come where it waits for its turn."""
@@ -461,7 +491,7 @@ class Worker(SyncWorker):
         self.selector.register(connection, events)
         self.kept[connection] = None
         connection.then, connection.until = then, time.monotonic() + seconds
-        if len(self.kept) > min(MOST_KEPT, resource.getrlimit(resource.RLIMIT_NOFILE)[0] - SPARE_FILES):
+        if len(self.kept) > min(MOST_KEPT, max(resource.getrlimit(resource.RLIMIT_NOFILE)[0] - SPARE_FILES, 16)):
             self.drop(min(self.kept, key=lambda other: other.head_length > 0))  # the first without a head, or of all
         if sum(len(other.reply) for other in self.kept) > MOST_KEPT_BYTES:
             self.drop(max(self.kept, key=lambda other: len(other.reply)))
@@ -469,9 +499,10 @@ class Worker(SyncWorker):
     def release(self, connection):
         if connection in self.kept:
             del self.kept[connection]
-            if connection.is_reading:
+            if connection in self.paused:
+                self.paused.remove(connection)
+            else:
                 self.selector.unregister(connection)
-            connection.is_reading = True
 
     def drop(self, connection):
         """Close a connection; what the app left for after the reply is done when others have theirs."""

@@ -613,6 +613,28 @@ def test_slow_clients_hold_no_worker_take_little_memory_and_cost_a_log_line_at_m
     assert server.get("/")["counts"] == {"errors": 2, "spooled": 0}
 
 
+def test_long_uploads_that_stand_still_keep_no_long_delivery_waiting(make_server):
+    server = make_server(WEB_CONCURRENCY="1")
+    heads = [connect(server, head_of(b"x" * 5_000_000)) for _ in range(20)]
+    for head in heads[:6]:
+        threading.Thread(target=head.sendall, args=(b"x" * 4_000_000,)).start()
+    wait_for(lambda: memory(server) > 30)
+    seconds, (status, _) = timed(server.deliver, numbered(1, extra="x" * 200_000))
+    longer, (status_of_longer, _) = timed(server.deliver, numbered(2, extra="x" * 4_000_000))
+    print(f"200 kB took {seconds:.2f} s, 4 MB {longer:.2f} s")
+    assert (status, status_of_longer) == (201, 201) and seconds < 1 and longer < 2
+
+
+def test_what_was_queued_is_counted_even_if_the_worker_ends(make_server):
+    server = make_server()
+    with locked(server):
+        assert {server.deliver(numbered(number))[0] for number in range(20)} == {202}
+    wait_for_empty_spool(server)
+    reload(server)
+    counts = {row["outcome"]: row["count"] for row in server.get("/")["deliveries"]}
+    assert counts == {"queued": 20}
+
+
 def test_a_request_that_comes_in_pieces_is_served_when_it_is_whole(make_server):
     server = make_server(WEB_CONCURRENCY="1", **SIGNED)
     body = wire(numbered(1, extra="x" * 200_000))
