@@ -1124,11 +1124,11 @@ class Collector:
         self.tally.add(outcome, reason)
         self.write_counts()
 
-    def write_counts(self):
-        """Write the counts that no transaction has taken along yet, where that is cheap."""
-        if self.tally.pending and self.tally.may_write():
+    def write_counts(self, wait=0):
+        """Write the counts that no transaction has taken along yet, where that is cheap or worth waiting for."""
+        if self.tally.pending and (wait or self.tally.may_write()):
             with suppress(sqlite3.Error, OSError):
-                with self.database.turn(wait=0) as connection:
+                with self.database.turn(wait) as connection:
                     self.tally.write(connection)
                 self.tally.pending.clear()
 

@@ -223,7 +223,7 @@ class Worker(SyncWorker):
             self.step(())  # who has connected is not refused
         while self.has_work() and time.monotonic() < self.stopped_at + STOPPING_SECONDS:
             self.step(())
-        self.collector.write_counts()
+        self.collector.write_counts(wait=0.1)
 
     def has_work(self):
         has_begun = any(connection.request or connection.reply for connection in self.kept)

@@ -286,7 +286,7 @@ def test_a_crowd_at_a_locked_database_is_answered_within_the_second(make_server)
     server = make_server()
     wait_for_workers(server)
     with locked(server), ThreadPoolExecutor(40) as pool:
-        list(pool.map(lambda number: server.deliver(numbered(number)), (1, 2)))
+        assert server.request("GET", "/health")[0] == 503  # has waited for all
         answers = list(pool.map(lambda number: timed(server.deliver, numbered(number)), range(3, 43)))
         print(f"slowest of 40 at once: {max(answers)[0]:.2f} s")
         assert {status for _, (status, _) in answers} == {202}
@@ -628,6 +628,7 @@ def test_long_uploads_that_stand_still_keep_no_long_delivery_waiting(make_server
 def test_what_was_queued_is_counted_even_if_the_worker_ends(make_server):
     server = make_server()
     with locked(server):
+        assert server.request("GET", "/health")[0] == 503  # has waited for all
         assert {server.deliver(numbered(number))[0] for number in range(20)} == {202}
     wait_for_empty_spool(server)
     reload(server)
