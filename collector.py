@@ -883,8 +883,9 @@ class Spool:
 
     def set_aside(self, file, error):
         """Give a delivery that makes no error another name, for a person to see."""
-        aside = file.rename(file.with_suffix(".rejected"))
-        log.error("cannot make an error of a spooled delivery (%s), see %s", type(error).__name__, aside)
+        with suppress(FileNotFoundError):  # another worker has done so
+            aside = file.rename(file.with_suffix(".rejected"))
+            log.error("cannot make an error of a spooled delivery (%s), see %s", type(error).__name__, aside)
 
 
 def backup(path, target, report):

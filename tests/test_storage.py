@@ -1063,6 +1063,19 @@ def test_a_spooled_file_that_cannot_be_read_is_told_of_and_holds_up_nobody(app, 
     assert start_log().count("cannot read a spooled delivery") == 1
 
 
+def test_a_spooled_delivery_that_another_worker_has_set_aside_holds_up_nobody(app, client):
+    refuse = "BEFORE INSERT ON errors WHEN new.event_id = 'bad' BEGIN SELECT RAISE(ABORT, 'no'); END"
+    house(app).database.connection().execute(f"CREATE TRIGGER refuse {refuse}")
+    house(app).spool.put(collector.now(), "error", wire(event_payload("bad")))
+    with locked(app):
+        house(app).keep_house()
+    (file,) = house(app).spool.folder.glob("*.delivery")
+    file.rename(file.with_suffix(".rejected"))
+    house(app).spool.put(collector.now(), "error", wire(event_payload("good")))
+    assert keep_house(client) == 200
+    assert (event_ids(app), spooled(app)) == (["good"], 0)
+
+
 def test_the_wal_stays_short_without_a_checkpoint_before_a_reply(app, client):
     wal, statements = Path(f"{house(app).database.path}-wal"), []
     house(app).database.connection().set_trace_callback(statements.append)
