@@ -84,7 +84,7 @@ PROJECTS = {  # in the order of how many errors they have; a project has one pla
     "shop": "javascript", "api": "python", "billing": "java", "mobile": "cocoa", "worker": "python", "admin": "php",
     "search": "go", "mail": "node", "reports": "ruby", "intern": "csharp",
 }  # fmt: skip
-ALL, PLAIN = "all platforms, most with source lines", "traces without source lines"
+ALL, PLAIN = "all platforms, most with source lines", "chained traces without source lines"
 WITH_VARIABLES, WITHOUT_SOURCE = ("python", "php"), ("java", "cocoa", "csharp")
 FRAME_KEYS = (
     "abs_path colno context_line data errors filename function image_addr in_app instruction_addr lineno module "
@@ -114,7 +114,7 @@ def read_source(name):
 class Traffic:
     """Errors and deliveries from a seed: a few issues have most errors, a few words make most texts.
 
-    Without source, the templates are those of the platforms that send none: traces that compress to about a seventh,
+    Without source, the templates are those of platforms that send none: chained traces, which compress to an eighth,
     where source lines and variables compress to a quarter.
     """
 
@@ -208,10 +208,15 @@ class Traffic:
         }  # fmt: skip
         payload = {"action": "created", "installation": {"uuid": "65027794-169a-4042-80d0-808ece377141"}}
         payload |= {"data": {"error": event}, "actor": {"type": "application", "id": "sentry", "name": "Sentry"}}
+        chain = event["exception"]["values"]
+        if issue["platform"] in WITHOUT_SOURCE:  # chained, as Java's are: each cause has the outer frames again
+            chain[:0] = [json.loads(json.dumps(chain[0])) for _ in range(2)]
         length = len(json.dumps(payload, separators=(",", ":")))
         while length < BODY_BYTES - 500:
             frames.append(self.make_frame(issue["platform"], files, values))
-            length += len(json.dumps(frames[-1], separators=(",", ":"))) + 1
+            length += (len(json.dumps(frames[-1], separators=(",", ":"))) + 1) * len(chain)
+        for cause in chain[:-1]:
+            cause["type"], cause["stacktrace"]["frames"] = self.random.choice(EXCEPTIONS), frames
         return json.dumps(payload, separators=(",", ":")).encode()
 
     def make_crumb(self, number):
