@@ -290,7 +290,7 @@ class Worker(SyncWorker):
             client, addr = listener.accept()
         except OSError as error:
             if error.errno in (errno.EMFILE, errno.ENFILE) and self.kept:
-                self.drop(next(iter(self.kept)))
+                self.drop_one()
                 return True
             return error.errno == errno.ECONNABORTED
         client.setblocking(False)
@@ -492,9 +492,13 @@ class Worker(SyncWorker):
         self.kept[connection] = None
         connection.then, connection.until = then, time.monotonic() + seconds
         if len(self.kept) > min(MOST_KEPT, max(resource.getrlimit(resource.RLIMIT_NOFILE)[0] - SPARE_FILES, 16)):
-            self.drop(min(self.kept, key=lambda other: other.head_length > 0))  # the first without a head, or of all
+            self.drop_one()
         if sum(len(other.reply) for other in self.kept) > MOST_KEPT_BYTES:
             self.drop(max(self.kept, key=lambda other: len(other.reply)))
+
+    def drop_one(self):
+        """Drop a connection that is kept, the first without a head, or of all."""
+        self.drop(min(self.kept, key=lambda other: other.head_length > 0))
 
     def release(self, connection):
         if connection in self.kept:

@@ -47,6 +47,17 @@ def spooled(app):
     return len(house(app).spool.names())
 
 
+def back_up(app, target):
+    """Back the database up with the command."""
+    assert app.test_cli_runner().invoke(args=["backup", str(target)]).exit_code == 0
+
+
+def refuse_bad(app):
+    """Make the database refuse the event "bad", for which no other is to blame."""
+    refuse = "BEFORE INSERT ON errors WHEN new.event_id = 'bad' BEGIN SELECT RAISE(ABORT, 'no'); END"
+    house(app).database.connection().execute(f"CREATE TRIGGER refuse {refuse}")
+
+
 @contextmanager
 def locked(app):
     """Hold the database's write lock as another program would."""
@@ -462,7 +473,7 @@ def test_a_database_put_in_the_place_of_another_is_used_at_once(make_app, tmp_pa
     app = make_app()
     client = app.test_client()
     post(client, event_payload("kept"))
-    assert app.test_cli_runner().invoke(args=["backup", str(tmp_path / "copy.db")]).exit_code == 0
+    back_up(app, tmp_path / "copy.db")
     post(client, event_payload("lost"))
     for name in ("errors.db", "errors.db-wal", "errors.db-shm"):
         (tmp_path / "data" / name).unlink(missing_ok=True)
@@ -480,7 +491,7 @@ def test_a_restored_database_does_not_take_up_the_log_of_the_one_before(make_app
     apps = [make_app(), make_app()]
     clients = [app.test_client() for app in apps]
     post(clients[0], event_payload("kept"))
-    assert apps[0].test_cli_runner().invoke(args=["backup", str(tmp_path / "copy.db")]).exit_code == 0
+    back_up(apps[0], tmp_path / "copy.db")
     for client in clients:
         post(client, event_payload("lost"))
     (tmp_path / "copy.db").rename(tmp_path / "data/errors.db")
@@ -831,7 +842,7 @@ def test_a_backup_is_of_one_moment_and_no_writer_makes_it_start_again(app, clien
 def test_a_backup_can_be_served(make_app, tmp_path):
     app = make_app()
     post(app.test_client(), event_payload(title="findme"))
-    assert app.test_cli_runner().invoke(args=["backup", str(tmp_path / "copy.db")]).exit_code == 0
+    back_up(app, tmp_path / "copy.db")
     restored = create_app({"DATABASE_URL": f"sqlite:///{tmp_path}/copy.db"})
     assert restored.test_client().get("/errors/latest?q=findme").json["id"] == 1
     house(restored).database.close()
@@ -993,10 +1004,7 @@ def test_deliveries_that_are_here_together_share_a_commit(app):
 
 
 def test_a_delivery_that_cannot_be_stored_costs_the_others_nothing(app):
-    refuse = (
-        "CREATE TRIGGER refuse BEFORE INSERT ON errors WHEN new.event_id = 'bad' BEGIN SELECT RAISE(ABORT, 'no'); END"
-    )
-    house(app).database.connection().execute(refuse)
+    refuse_bad(app)
     replies = [hand_over(app, event_payload(name)) for name in ("a", "bad", "b")]
     assert [ask_for(reply)[0] for reply in replies] == [201, 202, 201]
     assert (event_ids(app), counted(app, "stored")) == (["a", "b"], 2)
@@ -1064,8 +1072,7 @@ def test_a_spooled_file_that_cannot_be_read_is_told_of_and_holds_up_nobody(app, 
 
 
 def test_a_spooled_delivery_that_another_worker_has_set_aside_holds_up_nobody(app, client):
-    refuse = "BEFORE INSERT ON errors WHEN new.event_id = 'bad' BEGIN SELECT RAISE(ABORT, 'no'); END"
-    house(app).database.connection().execute(f"CREATE TRIGGER refuse {refuse}")
+    refuse_bad(app)
     house(app).spool.put(collector.now(), "error", wire(event_payload("bad")))
     with locked(app):
         house(app).keep_house()
@@ -1090,7 +1097,7 @@ def test_a_wal_of_another_database_is_not_taken_up_at_the_start(make_app, tmp_pa
     app = make_app()
     client = app.test_client()
     post(client, event_payload("kept"))
-    assert app.test_cli_runner().invoke(args=["backup", str(tmp_path / "copy.db")]).exit_code == 0
+    back_up(app, tmp_path / "copy.db")
     post(client, event_payload("lost"))
     left = tmp_path / "left"
     shutil.copytree(tmp_path / "data", left)  # as a kill leaves it
