@@ -31,11 +31,13 @@ VERSION = "1.0.0"
 log = logging.getLogger("collector")
 
 
-# ----------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # Parsing: bytes and dicts in, dicts out; no Flask, no sqlite3, no clock
-# ----------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 
-COLUMN_LENGTH = 8192  # characters of text kept in a column; Sentry cuts messages there, the payload stays whole
+COLUMN_LENGTH = (
+    8192  # characters of text kept in a column; Sentry cuts messages there, the payload stays whole
+)
 CRUMBS = 20
 
 
@@ -61,13 +63,21 @@ def parse_body(body):
         # Decoded first, because json.loads would guess UTF-16 and UTF-32 from bytes.
         payload = DECODER.decode(body.decode("utf-8"))
     except UnicodeDecodeError:
-        raise Refused(400, "not UTF-8", "The body is not UTF-8; send JSON text encoded as UTF-8.") from None
+        raise Refused(
+            400, "not UTF-8", "The body is not UTF-8; send JSON text encoded as UTF-8."
+        ) from None
     except RecursionError:
-        raise Refused(400, "not JSON", "The JSON is nested too deeply; send what Sentry sends.") from None
+        raise Refused(
+            400, "not JSON", "The JSON is nested too deeply; send what Sentry sends."
+        ) from None
     except ValueError as error:
-        raise Refused(400, "not JSON", f"The body is not JSON ({error}); send a JSON object.") from None
+        raise Refused(
+            400, "not JSON", f"The body is not JSON ({error}); send a JSON object."
+        ) from None
     if not isinstance(payload, dict):
-        raise Refused(400, "no object", "The JSON is not an object; send one with 'action' and 'data'.")
+        raise Refused(
+            400, "no object", "The JSON is not an object; send one with 'action' and 'data'."
+        )
     if not text(payload.get("action")) and not isinstance(payload.get("event"), dict):
         words = "The JSON has neither an 'action' nor a legacy 'event'; point only Sentry's webhooks here."
         raise Refused(400, "no delivery", words)
@@ -151,7 +161,11 @@ def objects(value):
 
 def find_error(payload):
     """Return where the parts of a delivery's error lie, dicts by name, or None if it holds no error."""
-    data, event, action = as_dict(payload.get("data")), payload.get("event"), text(payload.get("action"))
+    data, event, action = (
+        as_dict(payload.get("data")),
+        payload.get("event"),
+        text(payload.get("action")),
+    )
     issue, project = as_dict(data.get("issue")), data.get("project")
     project = {"slug": project} if isinstance(project, str) else as_dict(project)
     for key, resource in (("error", "error"), ("event", "event_alert")):
@@ -168,7 +182,12 @@ def find_error(payload):
     if action or payload.get("data") is not None or not isinstance(event, dict):
         return None
     if isinstance(payload.get("group"), dict):  # a service hook
-        return {"event": event, "hook": event, "issue": payload["group"], "project": as_dict(payload.get("project"))}
+        return {
+            "event": event,
+            "hook": event,
+            "issue": payload["group"],
+            "project": as_dict(payload.get("project")),
+        }
     return {"event": event, "legacy": payload}
 
 
@@ -177,7 +196,9 @@ def interface(event, name, old_name=None):
 
     Sentry 8 and before used `old_name`; service hooks send the API's form, with a list of entries.
     """
-    entry = next((entry for entry in objects(event.get("entries")) if entry.get("type") == name), {})
+    entry = next(
+        (entry for entry in objects(event.get("entries")) if entry.get("type") == name), {}
+    )
     found = (event.get(name), event.get(f"sentry.interfaces.{old_name}"), entry.get("data"))
     return first(value for value in found if isinstance(value, dict | list))
 
@@ -195,22 +216,38 @@ def own_frames(value):
 def find_frames(event):
     """Return the frames of the crash as they were sent, the oldest call first."""
     threads = objects(interface(event, "threads"))
-    threads.sort(key=lambda thread: (thread.get("crashed") is not True, thread.get("current") is not True))
-    return next(filter(None, map(own_frames, [*reversed(find_exceptions(event)), *threads, event])), [])
+    threads.sort(
+        key=lambda thread: (thread.get("crashed") is not True, thread.get("current") is not True)
+    )
+    return next(
+        filter(None, map(own_frames, [*reversed(find_exceptions(event)), *threads, event])), []
+    )
 
 
 def parse_tag(value):
-    return value if value is None else clean(value) if isinstance(value, str) else json.dumps(plain(value))
+    return (
+        value
+        if value is None
+        else clean(value)
+        if isinstance(value, str)
+        else json.dumps(plain(value))
+    )
 
 
 def parse_tags(event):
     """Return an event's tags as one dict of text, sent as pairs, as objects with key and value, or as one object."""
     tags = event.get("tags")
     if isinstance(tags, list):
-        pairs = [(tag.get("key"), tag.get("value")) if isinstance(tag, dict) else tag for tag in tags]
+        pairs = [
+            (tag.get("key"), tag.get("value")) if isinstance(tag, dict) else tag for tag in tags
+        ]
     else:
         pairs = [list(pair) for pair in as_dict(tags).items()]
-    pairs = [pair for pair in pairs if isinstance(pair, list | tuple) and len(pair) == 2 and isinstance(pair[0], str)]
+    pairs = [
+        pair
+        for pair in pairs
+        if isinstance(pair, list | tuple) and len(pair) == 2 and isinstance(pair[0], str)
+    ]
     return {clean(key): parse_tag(value) for key, value in pairs}
 
 
@@ -238,14 +275,20 @@ FIELDS = {
     "environment": (text, "event.environment tags.environment"),
     "release": (text, "event.release release.version tags.release tags.sentry:release"),
     "project_id": (identifier, "links.project issue_project.id event.projectID project.id"),
-    "project_slug": (text, "issue_project.slug legacy.project_slug legacy.project project.slug links.project_slug"),
+    "project_slug": (
+        text,
+        "issue_project.slug legacy.project_slug legacy.project project.slug links.project_slug",
+    ),
     "project_name": (text, "issue_project.name legacy.project_name project.name"),
     "exception_type": (text, "crash.type metadata.type"),
     "exception_value": (text, "crash.value metadata.value"),
     "permalink": (text, "event.web_url hook.url issue.web_url issue.permalink legacy.url"),
     "rule": (text, "data.triggered_rule links.rule"),
 }
-FIELDS = {key: (parse, [path.split(".", 1) for path in paths.split()]) for key, (parse, paths) in FIELDS.items()}
+FIELDS = {
+    key: (parse, [path.split(".", 1) for path in paths.split()])
+    for key, (parse, paths) in FIELDS.items()
+}
 
 
 def search_url(pattern, *urls):
@@ -271,7 +314,9 @@ def find_parts(error):
         "issue_project": as_dict(issue.get("project")),
         "links": {
             "issue": search_url(r"/issues/(\d+)", event.get("issue_url"), event.get("web_url")),
-            "project": project if (identifier(project) or "").isdecimal() else None,  # other forms have a slug there
+            "project": project
+            if (identifier(project) or "").isdecimal()
+            else None,  # other forms have a slug there
             "project_slug": search_url(r"/api/0/projects/[^/]+/([^/]+)/events/", event.get("url")),
             "rule": rules[0] if isinstance(rules, list) and rules else None,
         },
@@ -313,7 +358,11 @@ def cut(value, length):
 
 
 def parse_lines(lines):
-    return [clean(line) if isinstance(line, str) else "" for line in lines] if isinstance(lines, list) else None
+    return (
+        [clean(line) if isinstance(line, str) else "" for line in lines]
+        if isinstance(lines, list)
+        else None
+    )
 
 
 def parse_frame(frame):
@@ -350,33 +399,51 @@ def parse_crumb(crumb):
 def parse_detail(payload):
     """Return what of a stored delivery has no column, in the shapes that go out."""
     event, actor = find_error(payload)["event"], payload.get("actor")
-    http, crumbs = interface(event, "request", "Http"), interface(event, "breadcrumbs", "Breadcrumbs")
+    http, crumbs = (
+        interface(event, "request", "Http"),
+        interface(event, "breadcrumbs", "Breadcrumbs"),
+    )
     return {
         "exceptions": [parse_exception(exception) for exception in find_exceptions(event)],
         "stacktrace": [parse_frame(frame) for frame in find_frames(event)],
         "tags": parse_tags(event),
-        "actor": {key: identifier(actor.get(key)) for key in ("type", "id", "name")} if as_dict(actor) else None,
-        "request": {key: text(http.get(key)) for key in ("method", "url")} if as_dict(http) else None,
+        "actor": {key: identifier(actor.get(key)) for key in ("type", "id", "name")}
+        if as_dict(actor)
+        else None,
+        "request": {key: text(http.get(key)) for key in ("method", "url")}
+        if as_dict(http)
+        else None,
         "breadcrumbs": [parse_crumb(crumb) for crumb in objects(crumbs)[-CRUMBS:]],
     }
 
 
-# ----------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # Storage: all SQL and all files are here; knows no payload shapes
-# ----------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 
 COLUMNS = (
     "id received_at timestamp resource action event_id issue_id short_id title message culprit level status platform "
     "logger environment release project_id project_slug project_name exception_type exception_value permalink rule"
 ).split()
 SCHEMA_VERSION = 1  # as schema.sql sets it
-WAIT_SECONDS = 3  # for the database's lock, by the first delivery that finds it taken, which is then spooled
+WAIT_SECONDS = (
+    3  # for the database's lock, by the first delivery that finds it taken, which is then spooled
+)
 TURN_SECONDS = 0.5  # of that before others are served meanwhile; writers of ours take milliseconds
 READ_SECONDS = 2  # for a read to wait for a writer, which only the rollback journal asks of it
-LOCAL_FILE_SYSTEMS = "bcachefs btrfs ext2 ext3 ext4 f2fs jfs overlay ramfs reiserfs tmpfs xfs zfs".split()
-CHECKPOINT_CHANGES = 1000  # of rows, about 130 errors: so the WAL stays short and is written over in place
-LONG_WAL_BYTES = 32 * 1024 * 1024  # what a long foreign read, or a burst of large deliveries, lets it grow to
-SPOOL_BATCH, SPOOL_BATCH_BYTES = 50, 1024 * 1024  # spooled deliveries that are moved in one transaction
+LOCAL_FILE_SYSTEMS = (
+    "bcachefs btrfs ext2 ext3 ext4 f2fs jfs overlay ramfs reiserfs tmpfs xfs zfs".split()
+)
+CHECKPOINT_CHANGES = (
+    1000  # of rows, about 130 errors: so the WAL stays short and is written over in place
+)
+LONG_WAL_BYTES = (
+    32 * 1024 * 1024
+)  # what a long foreign read, or a burst of large deliveries, lets it grow to
+SPOOL_BATCH, SPOOL_BATCH_BYTES = (
+    50,
+    1024 * 1024,
+)  # spooled deliveries that are moved in one transaction
 DELIVERY_DAYS = 90  # that the counts of deliveries are kept
 
 
@@ -396,7 +463,9 @@ def choose_journal_mode(folder, mounts=Path("/proc/self/mountinfo")):
     with suppress(OSError):
         for line in mounts.read_bytes().splitlines():
             about, _, kind = line.partition(b" - ")
-            mount = re.sub(rb"\\([0-7]{3})", lambda octal: bytes([int(octal[1], 8)]), about.split(b" ")[4])
+            mount = re.sub(
+                rb"\\([0-7]{3})", lambda octal: bytes([int(octal[1], 8)]), about.split(b" ")[4]
+            )
             if os.path.commonpath((folder, mount)) == mount and len(mount) >= best:
                 best, file_system = len(mount), kind.split(b" ")[0].decode()
     return "WAL" if file_system in LOCAL_FILE_SYSTEMS else "PERSIST"
@@ -404,8 +473,13 @@ def choose_journal_mode(folder, mounts=Path("/proc/self/mountinfo")):
 
 def is_busy(error):
     """Say whether an attempt failed only because another process holds a lock."""
-    code = getattr(error, "sqlite_errorcode", 0) & 0xFF  # the primary code; extended ones tell the kind of busy
-    return isinstance(error, BlockingIOError) or code in (sqlite3.SQLITE_BUSY, sqlite3.SQLITE_LOCKED)
+    code = (
+        getattr(error, "sqlite_errorcode", 0) & 0xFF
+    )  # the primary code; extended ones tell the kind of busy
+    return isinstance(error, BlockingIOError) or code in (
+        sqlite3.SQLITE_BUSY,
+        sqlite3.SQLITE_LOCKED,
+    )
 
 
 def identity(path):
@@ -471,7 +545,9 @@ class Database:
 
     def is_stale(self):
         """Say whether the kept connection is none, or one to a file that another has replaced, as a restore does."""
-        return getattr(self.kept, "connection", None) is None or self.kept.identity != identity(self.path)
+        return getattr(self.kept, "connection", None) is None or self.kept.identity != identity(
+            self.path
+        )
 
     @contextmanager
     def locked(self, deadline):
@@ -481,13 +557,18 @@ class Database:
         try:
             self.patiently(lambda: fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB), deadline)
         except BlockingIOError as error:
-            raise BlockingIOError(error.errno, "another process of the collector writes and takes long") from None
+            raise BlockingIOError(
+                error.errno, "another process of the collector writes and takes long"
+            ) from None
         try:
             if self.is_stale():
                 self.discard_foreign_wal()
                 self.drop_connection()
                 self.kept.connection = self.patiently(self.open, deadline)
-                self.kept.identity, self.kept.wal = identity(self.path), identity(f"{self.path}-wal")
+                self.kept.identity, self.kept.wal = (
+                    identity(self.path),
+                    identity(f"{self.path}-wal"),
+                )
             yield self.kept.connection
         finally:
             fcntl.flock(lock, fcntl.LOCK_UN)
@@ -498,7 +579,9 @@ class Database:
         kept, wal = getattr(self.kept, "wal", None), f"{self.path}-wal"
         was_replaced = kept and kept == identity(wal) and self.kept.identity != identity(self.path)
         if was_replaced or (Path(wal).exists() and self.is_complete()):
-            log.warning("the database was replaced; the WAL that was left of the one before is removed")
+            log.warning(
+                "the database was replaced; the WAL that was left of the one before is removed"
+            )
             for name in (wal, f"{self.path}-shm"):
                 Path(name).unlink(missing_ok=True)
         self.kept.wal = None
@@ -521,8 +604,12 @@ class Database:
             connection.row_factory = sqlite3.Row
             connection.execute(f"PRAGMA journal_mode = {self.journal_mode}")
             connection.execute("PRAGMA synchronous = FULL")
-            connection.execute("PRAGMA journal_size_limit = 16777216")  # bytes; what a long reader let the WAL grow to
-            connection.execute("PRAGMA wal_autocheckpoint = 0")  # it would hold up the reply to who happens to be next
+            connection.execute(
+                "PRAGMA journal_size_limit = 16777216"
+            )  # bytes; what a long reader let the WAL grow to
+            connection.execute(
+                "PRAGMA wal_autocheckpoint = 0"
+            )  # it would hold up the reply to who happens to be next
             if connection.execute("PRAGMA user_version").fetchone()[0] != SCHEMA_VERSION:
                 schema = Path(__file__).with_name("schema.sql").read_text(encoding="utf-8")
                 connection.executescript(f"BEGIN IMMEDIATE; {schema}; COMMIT")
@@ -548,7 +635,9 @@ class Database:
                     try:
                         self.patiently(lambda: connection.execute("BEGIN IMMEDIATE"), deadline)
                     except sqlite3.OperationalError:
-                        self.is_first = self.note_trouble(wait)  # in turn, so that one of all workers is
+                        self.is_first = self.note_trouble(
+                            wait
+                        )  # in turn, so that one of all workers is
                         raise
                     before = connection.total_changes
                     yield connection
@@ -567,7 +656,9 @@ class Database:
 
     def checkpoint(self):
         """Move what the WAL holds into the database, if it is time to; a long one is left to a thread."""
-        if self.changes < CHECKPOINT_CHANGES or (self.checkpointing and self.checkpointing.is_alive()):
+        if self.changes < CHECKPOINT_CHANGES or (
+            self.checkpointing and self.checkpointing.is_alive()
+        ):
             return
         with suppress(FileNotFoundError):  # another journal mode has no WAL
             if os.stat(f"{self.path}-wal").st_size < LONG_WAL_BYTES:
@@ -632,21 +723,35 @@ def insert_error(connection, row):
     found = connection.execute(INSERT, row).fetchone()
     if found:
         return found["id"], True
-    known = "event_id = :event_id" if row["event_id"] else "issue_id = :issue_id" if row["issue_id"] else SAME_BYTES
+    known = (
+        "event_id = :event_id"
+        if row["event_id"]
+        else "issue_id = :issue_id"
+        if row["issue_id"]
+        else SAME_BYTES
+    )
     return connection.execute(f"SELECT min(id) FROM errors WHERE {known}", row).fetchone()[0], False
 
 
 def select_error(connection, id_):
     """Return an error's row without its payload, or None."""
-    return connection.execute(f"SELECT {', '.join(COLUMNS)} FROM errors WHERE id = ?", (id_,)).fetchone()
+    return connection.execute(
+        f"SELECT {', '.join(COLUMNS)} FROM errors WHERE id = ?", (id_,)
+    ).fetchone()
 
 
 def select_body(connection, id_):
     """Return the body of a stored delivery as it was received (bytes)."""
-    row = connection.execute("SELECT payload, payload_bytes FROM errors WHERE id = ?", (id_,)).fetchone()
+    row = connection.execute(
+        "SELECT payload, payload_bytes FROM errors WHERE id = ?", (id_,)
+    ).fetchone()
     if row is None:
         return None
-    return row["payload"] if len(row["payload"]) == row["payload_bytes"] else zlib.decompress(row["payload"])
+    return (
+        row["payload"]
+        if len(row["payload"]) == row["payload_bytes"]
+        else zlib.decompress(row["payload"])
+    )
 
 
 FACETS = {  # as schema.sql makes them: the filter's name, the column
@@ -660,7 +765,9 @@ FACETS = {  # as schema.sql makes them: the filter's name, the column
 
 def match_expression(filters):
     """Return the FTS5 query for the facets and words of `filters`, or None without any; any text is a safe query."""
-    terms = [f'facets : "\ue000{key}{filters[key].encode().hex()}"' for key in FACETS if key in filters]
+    terms = [
+        f'facets : "\ue000{key}{filters[key].encode().hex()}"' for key in FACETS if key in filters
+    ]
     words = ['"{}"'.format(word.replace('"', '""')) for word in filters.get("q", "").split()]
     if words:
         terms.append("- facets : (" + " ".join(words) + "*)")
@@ -682,7 +789,10 @@ def narrow(connection, filters):
         sql = f"SELECT {', '.join(sought for sought, _, _ in bounds)} FROM errors INDEXED BY errors_received_at"
         period = (filters.get("since", ""), filters.get("until", "~"))
         ids = connection.execute(f"{sql} WHERE received_at BETWEEN ? AND ?", period).fetchone()
-        found |= {name: none if id_ is None else id_ for (_, name, none), id_ in zip(bounds, ids, strict=True)}
+        found |= {
+            name: none if id_ is None else id_
+            for (_, name, none), id_ in zip(bounds, ids, strict=True)
+        }
     return found
 
 
@@ -692,7 +802,9 @@ def select_errors(connection, filters, limit, oldest_first=False, columns=COLUMN
     `filters` are those of the query string, after `narrow`; `before` and `after` are ids.
     """
     match = match_expression(filters)
-    source = "errors_search CROSS JOIN errors ON errors.id = errors_search.rowid" if match else "errors"
+    source = (
+        "errors_search CROSS JOIN errors ON errors.id = errors_search.rowid" if match else "errors"
+    )
     row_id = "errors_search.rowid" if match else "errors.id"
     # A facet finds the row, the column is sure.
     conditions = {key: f"errors.{column} = :{key}" for key, column in FACETS.items()} | {
@@ -713,7 +825,11 @@ def select_errors(connection, filters, limit, oldest_first=False, columns=COLUMN
 
 def select_extent(connection):
     """Return the oldest and the newest error's id, None if there is none."""
-    return list(connection.execute("SELECT (SELECT min(id) FROM errors), (SELECT max(id) FROM errors)").fetchone())
+    return list(
+        connection.execute(
+            "SELECT (SELECT min(id) FROM errors), (SELECT max(id) FROM errors)"
+        ).fetchone()
+    )
 
 
 def count_errors(connection):
@@ -741,7 +857,9 @@ def delete_old_errors(database, days, most=50):
     if not database.connection().execute(oldest, (most, limit)).fetchone():
         return 0
     with database.turn(wait=0) as connection:
-        return connection.execute(f"DELETE FROM errors WHERE id IN ({oldest})", (most, limit)).rowcount
+        return connection.execute(
+            f"DELETE FROM errors WHERE id IN ({oldest})", (most, limit)
+        ).rowcount
 
 
 class Tally:
@@ -771,7 +889,9 @@ class Tally:
             ON CONFLICT DO UPDATE SET count = count + excluded.count, last_at = max(last_at, excluded.last_at)"""
         at = now()
         counts = [(*key, *value) for key, value in self.pending.items()]
-        counts += [(at[:10], outcome, "", count, at) for outcome, count in Counter(outcomes).items()]
+        counts += [
+            (at[:10], outcome, "", count, at) for outcome, count in Counter(outcomes).items()
+        ]
         connection.executemany(sql, counts)
         connection.execute("DELETE FROM deliveries WHERE day < ?", (now(DELIVERY_DAYS)[:10],))
 
@@ -780,7 +900,9 @@ def select_deliveries(connection):
     """Return the counts of deliveries by outcome and reason, today's and of all days kept, the latest first."""
     sql = """SELECT outcome, nullif(reason, '') AS reason, sum(count) FILTER (WHERE day = ?) AS today,
         sum(count) AS count, max(last_at) AS last_at FROM deliveries GROUP BY 1, 2 ORDER BY last_at DESC"""
-    return [dict(row) | {"today": row["today"] or 0} for row in connection.execute(sql, (now()[:10],))]
+    return [
+        dict(row) | {"today": row["today"] or 0} for row in connection.execute(sql, (now()[:10],))
+    ]
 
 
 class Spool:
@@ -885,29 +1007,44 @@ class Spool:
         """Give a delivery that makes no error another name, for a person to see."""
         with suppress(FileNotFoundError):  # another worker has done so
             aside = file.rename(file.with_suffix(".rejected"))
-            log.error("cannot make an error of a spooled delivery (%s), see %s", type(error).__name__, aside)
+            log.error(
+                "cannot make an error of a spooled delivery (%s), see %s",
+                type(error).__name__,
+                aside,
+            )
 
 
 def backup(path, target, report):
     """Copy the database at `path`, as it is at this moment, to a new file; `report` gets the share that is done."""
     part = Path(f"{target}.part")
     part.unlink(missing_ok=True)
-    with closing(sqlite3.connect(f"{Path(path).absolute().as_uri()}?mode=ro", uri=True, timeout=10)) as source:
+    with closing(
+        sqlite3.connect(f"{Path(path).absolute().as_uri()}?mode=ro", uri=True, timeout=10)
+    ) as source:
         source.execute("BEGIN")
-        source.execute("SELECT 1 FROM sqlite_schema").fetchone()  # one snapshot, or each writer would restart the copy
+        source.execute(
+            "SELECT 1 FROM sqlite_schema"
+        ).fetchone()  # one snapshot, or each writer would restart the copy
         with closing(sqlite3.connect(part)) as copy:
-            source.backup(copy, pages=2000, progress=lambda _, left, pages: report(1 - left / max(pages, 1)))
-            copy.execute("PRAGMA journal_mode = DELETE")  # one file, complete without a -wal beside it
+            source.backup(
+                copy, pages=2000, progress=lambda _, left, pages: report(1 - left / max(pages, 1))
+            )
+            copy.execute(
+                "PRAGMA journal_mode = DELETE"
+            )  # one file, complete without a -wal beside it
     part.rename(target)
 
 
-# ----------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # Presentation: one function for each shape that goes out
-# ----------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 
 TEXT_LENGTH = 8000  # characters of a text form at the most
 URL_LENGTH = 300  # characters of a URL in it
-ANSI = re.compile(r"\x1b(?:\[[0-?]*[ -/]*[@-~]|\][^\x07\x1b]*(?:\x07|\x1b\\)?|[PX^_][^\x1b]*(?:\x1b\\)?|.)", re.DOTALL)
+ANSI = re.compile(
+    r"\x1b(?:\[[0-?]*[ -/]*[@-~]|\][^\x07\x1b]*(?:\x07|\x1b\\)?|[PX^_][^\x1b]*(?:\x1b\\)?|.)",
+    re.DOTALL,
+)
 # Control characters but tab and line feed, and those that reorder or hide text.
 UNSEEN = re.compile(
     "[\0-\x08\x0b-\x1f\x7f-\x9f\u061c\u200b\u200e\u200f\u2028-\u202e\u2060-\u206f\ufeff\ufff9-\ufffb\U000e0000-\U000e007f]"
@@ -987,14 +1124,18 @@ def error_text(row, body, url):
     http, crumbs = found["request"] or {}, found["breadcrumbs"]
     for crumb in crumbs:
         crumb["data"] = crumb["data"] and json.dumps(crumb["data"], ensure_ascii=False)
-    values = {"error": row["id"]} | {key: row[key] for key in ("title", "level", "culprit", "environment", "release")}
+    values = {"error": row["id"]} | {
+        key: row[key] for key in ("title", "level", "culprit", "environment", "release")
+    }
     values |= {
         "project": row["project_slug"] or row["project_name"] or row["project_id"],
         "issue": joined(row["short_id"], row["issue_id"]),
         "event": row["event_id"],
         "happened": row["timestamp"],
         "received": row["received_at"],
-        "message": None if row["message"] in (row["title"], row["exception_value"]) else row["message"],
+        "message": None
+        if row["message"] in (row["title"], row["exception_value"])
+        else row["message"],
         **{key: row[key] for key in ("platform", "logger", "rule", "permalink")},
         "url": url,
     }
@@ -1006,10 +1147,14 @@ def error_text(row, body, url):
         "exceptions (inner cause first)": list(chain_lines(found["exceptions"])),
         "tags": [flat(f"{key} = {value}", 200) for key, value in found["tags"].items()],
         "request": [flat(joined(http.get("method"), http.get("url")), 500)] if http else [],
-        "breadcrumbs (newest last)": [flat(joined(*(crumb[word] for word in words)), 250) for crumb in crumbs],
+        "breadcrumbs (newest last)": [
+            flat(joined(*(crumb[word] for word in words)), 250) for crumb in crumbs
+        ],
     }
     shown = "".join(f"{key}: {value}\n" for key, value in head.items())
-    return shown + fit(sections, TEXT_LENGTH - len(shown) - 300 - 2 * URL_LENGTH, cut(url, URL_LENGTH))
+    return shown + fit(
+        sections, TEXT_LENGTH - len(shown) - 300 - 2 * URL_LENGTH, cut(url, URL_LENGTH)
+    )
 
 
 def fit(sections, room, url):
@@ -1029,7 +1174,9 @@ def fit(sections, room, url):
         if len(kept) < len(lines):
             left_out.append(f"{len(lines) - len(kept)} lines of {name.split(' (')[0]}")
     left_out.append("ends of long values, source context and the rest of the payload")
-    return "".join(parts) + f"\nleft out: {', '.join(left_out)}: {url}?format=json and {url}/payload\n"
+    return (
+        "".join(parts) + f"\nleft out: {', '.join(left_out)}: {url}?format=json and {url}/payload\n"
+    )
 
 
 def errors_text(rows, more):
@@ -1037,11 +1184,15 @@ def errors_text(rows, more):
     more = more if len(more or "") <= 10 * URL_LENGTH else "see the Link header"
     lines, room = [], TEXT_LENGTH - 200 - len(more or "")
     for row in rows:
-        about = joined(row["received_at"], row["level"], row["project_slug"], row["title"], row["culprit"])
+        about = joined(
+            row["received_at"], row["level"], row["project_slug"], row["title"], row["culprit"]
+        )
         lines.append(f"#{row['id']} {flat(about, 300)}\n")
         room -= len(lines[-1])
         if room < 0:
-            lines[-1] = f"left out: {len(rows) - len(lines) + 1} more of this page; ask for fewer with limit=\n"
+            lines[-1] = (
+                f"left out: {len(rows) - len(lines) + 1} more of this page; ask for fewer with limit=\n"
+            )
             break
     return "".join(lines) + (f"next: {more}\n" if more else "") or "no errors\n"
 
@@ -1086,28 +1237,43 @@ def chart(times, bars=40):
     counts = Counter(bars - 1 - int((newest - stamp) / width) for stamp in stamps)
     starts = [datetime.fromtimestamp(newest - (bars - index) * width, UTC) for index in range(bars)]
     most = max(counts.values())
-    shown = [(counts[index] / most, counts[index], f"{start:%Y-%m-%d %H:%M:%S}") for index, start in enumerate(starts)]
+    shown = [
+        (counts[index] / most, counts[index], f"{start:%Y-%m-%d %H:%M:%S}")
+        for index, start in enumerate(starts)
+    ]
     return {"bars": shown, "most": most}
 
 
 PAGE_FILTERS = (visible, ago, web_link, source_lines, fold)
 
 
-# ----------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # Web: thin routes, which read the request, call down and reply
-# ----------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 
 web = Blueprint("web", __name__, cli_group=None)
-FORMS = {"json": "application/json", "html": "text/html", "text": "text/plain", "ndjson": "application/x-ndjson"}
+FORMS = {
+    "json": "application/json",
+    "html": "text/html",
+    "text": "text/plain",
+    "ndjson": "application/x-ndjson",
+}
 FILTERS = (*FACETS, "since", "until", "q")
 MISSING = (
     "The Sentry-Hook-Signature header is missing: send through an internal integration, which signs. "
     "The legacy WebHooks plugin cannot; it needs SENTRY_CLIENT_SECRET unset."
 )
-RECEIPTS = {"stored": "201 CREATED", "duplicate": "200 OK", "queued": "202 ACCEPTED", "lost": "503 SERVICE UNAVAILABLE"}
+RECEIPTS = {
+    "stored": "201 CREATED",
+    "duplicate": "200 OK",
+    "queued": "202 ACCEPTED",
+    "lost": "503 SERVICE UNAVAILABLE",
+}
 RETRY_AFTER = "5"  # seconds, with a 503
 EXPLAIN_BYTES = 256 * 1024  # of a forged delivery that are worth parsing
-HIDDEN = re.compile(r"[^\w.:-]", re.ASCII)  # in a log line, whatever could end it or pass for another
+HIDDEN = re.compile(
+    r"[^\w.:-]", re.ASCII
+)  # in a log line, whatever could end it or pass for another
 
 
 class Collector:
@@ -1115,7 +1281,11 @@ class Collector:
 
     def __init__(self, settings):
         self.settings, path = settings, settings["DATABASE_URL"]
-        self.database, self.spool, self.tally = Database(path), Spool(path.parent / "spool"), Tally()
+        self.database, self.spool, self.tally = (
+            Database(path),
+            Spool(path.parent / "spool"),
+            Tally(),
+        )
         self.waiting, self.settling = [], threading.Lock()  # deliveries, and who commits them
         self.report = lambda error: None
         self.pruned_at = self.kept_house_at = -math.inf
@@ -1166,11 +1336,15 @@ class Collector:
         except Exception as error:  # whatever it is: Sentry will not send this again
             if is_busy(error) and self.database.is_first:
                 first = deliveries[0]
-                first.waits_until = first.waits_until or time.monotonic() + WAIT_SECONDS - TURN_SECONDS
+                first.waits_until = (
+                    first.waits_until or time.monotonic() + WAIT_SECONDS - TURN_SECONDS
+                )
             for delivery in deliveries:
                 if len(deliveries) > 1 and not is_busy(error):  # one of them may be the cause
                     self.store([delivery])
-                elif not is_busy(error) or time.monotonic() > min(delivery.waits_until, self.database.gives_up_at):
+                elif not is_busy(error) or time.monotonic() > min(
+                    delivery.waits_until, self.database.gives_up_at
+                ):
                     self.put_aside(delivery, error)
 
     def commit(self, deliveries):
@@ -1192,16 +1366,28 @@ class Collector:
         try:
             self.spool.put(delivery.received_at, delivery.resource, delivery.body)
             delivery.outcome = "queued"
-            self.tally.add("queued", "database locked" if is_busy(error) else "database not writable")
-        except Exception as spool_error:  # memory may be short, too, and others wait behind this one
-            log.critical("LOST a delivery: neither the database nor the spool can be written: %s", spool_error)
+            self.tally.add(
+                "queued", "database locked" if is_busy(error) else "database not writable"
+            )
+        except (
+            Exception
+        ) as spool_error:  # memory may be short, too, and others wait behind this one
+            log.critical(
+                "LOST a delivery: neither the database nor the spool can be written: %s",
+                spool_error,
+            )
             delivery.outcome = "lost"
             self.tally.add("refused", "disk")
 
     def note(self, words, error):
         """Log and report a failure, in words that hold nothing of a delivery."""
         of_system = isinstance(error, sqlite3.Error | OSError)
-        log.error("%s: %s: %s", words, type(error).__name__, error if of_system else "a fault of the collector's own")
+        log.error(
+            "%s: %s: %s",
+            words,
+            type(error).__name__,
+            error if of_system else "a fault of the collector's own",
+        )
         self.report(error)
 
     def keep_house(self):
@@ -1211,7 +1397,9 @@ class Collector:
         """
         self.kept_house_at, days = time.monotonic(), self.settings["RETENTION_DAYS"]
         try:
-            has_more = self.spool.drain(self.database, lambda body, *about: parse_error(parse_body(body), *about))
+            has_more = self.spool.drain(
+                self.database, lambda body, *about: parse_error(parse_body(body), *about)
+            )
             if days and time.monotonic() - self.pruned_at > 1:
                 if delete_old_errors(self.database, days):
                     has_more = True
@@ -1219,7 +1407,12 @@ class Collector:
                     self.pruned_at = time.monotonic()
             self.write_counts()
             self.database.checkpoint()
-        except (sqlite3.Error, OSError, RuntimeError, MemoryError):  # the next delivery or health check says so
+        except (
+            sqlite3.Error,
+            OSError,
+            RuntimeError,
+            MemoryError,
+        ):  # the next delivery or health check says so
             return False
         return has_more
 
@@ -1246,7 +1439,9 @@ def read_body(limit):
     """Return the request's body (bytes); raise Refused if it has no length, is too long or is cut short."""
     length = request.content_length
     if "Transfer-Encoding" in request.headers or length is None:
-        raise Refused(411, "no length", "The delivery has no Content-Length; send it whole, not chunked.")
+        raise Refused(
+            411, "no length", "The delivery has no Content-Length; send it whole, not chunked."
+        )
     if length > limit:
         words = f"The delivery has {length} bytes, the limit is {limit}; raise MAX_BODY_BYTES to take it."
         raise Refused(413, "too large", words)
@@ -1280,11 +1475,20 @@ def check_signature(body, signature, secrets):
             f"it has {len(given)} characters, HMAC-SHA256 in hex has 64; let Sentry sign",
         )
     elif is_signed(body, given, [secret.strip() for secret in secrets]):
-        reason, words = "white space in secret", "remove the white space around SENTRY_CLIENT_SECRET"
+        reason, words = (
+            "white space in secret",
+            "remove the white space around SENTRY_CLIENT_SECRET",
+        )
     elif len(body) <= EXPLAIN_BYTES and is_signed(as_sentry_writes(body), given, secrets):
-        reason, words = "body rewritten", "a proxy in between rewrote the body; make it pass the bytes on as they are"
+        reason, words = (
+            "body rewritten",
+            "a proxy in between rewrote the body; make it pass the bytes on as they are",
+        )
     else:
-        reason, words = "signature wrong", "set SENTRY_CLIENT_SECRET to the Client Secret of the integration that sends"
+        reason, words = (
+            "signature wrong",
+            "set SENTRY_CLIENT_SECRET to the Client Secret of the integration that sends",
+        )
     raise Refused(401, reason, f"The Sentry-Hook-Signature is wrong: {words}.")
 
 
@@ -1303,7 +1507,11 @@ def reason_to_ignore(payload, accepted):
         return "no error", f"a delivery with action {shown} that holds no new error"
     if action is None or action in accepted:
         return None
-    mend = f"; SENTRY_ACTIONS={','.join(accepted)},triggered takes issue alerts" if action == "triggered" else ""
+    mend = (
+        f"; SENTRY_ACTIONS={','.join(accepted)},triggered takes issue alerts"
+        if action == "triggered"
+        else ""
+    )
     return "action not accepted", f"action {shown} is not in SENTRY_ACTIONS{mend}"
 
 
@@ -1314,7 +1522,11 @@ def receive_webhook():
     received_at, started, shared = now(), time.monotonic(), collector()
     try:
         body = read_body(shared.settings["MAX_BODY_BYTES"])
-        check_signature(body, request.headers.get("Sentry-Hook-Signature"), shared.settings["SENTRY_CLIENT_SECRET"])
+        check_signature(
+            body,
+            request.headers.get("Sentry-Hook-Signature"),
+            shared.settings["SENTRY_CLIENT_SECRET"],
+        )
         payload = parse_body(body)
     except Refused as refused:
         shared.count("refused", refused.reason)
@@ -1324,7 +1536,9 @@ def receive_webhook():
     if ignored:
         shared.count("ignored", ignored[0])
         log_delivery(request.environ, started, f"ignored {ignored[1]}")
-        response = Response(as_json({"status": "ignored", "reason": ignored[1]}), mimetype=FORMS["json"])
+        response = Response(
+            as_json({"status": "ignored", "reason": ignored[1]}), mimetype=FORMS["json"]
+        )
     else:
         resource = request.headers.get("Sentry-Hook-Resource")
         response = Receipt(shared, shared.take(body, payload, resource, received_at), started)
@@ -1358,7 +1572,9 @@ class Receipt(Response):
             headers.append(("Location", reply["url"]))
         if outcome == "lost":
             headers.append(("Retry-After", RETRY_AFTER))
-            reply = {"error": "Neither the database nor the spool can be written; free the disk, see the log."}
+            reply = {
+                "error": "Neither the database nor the spool can be written; free the disk, see the log."
+            }
         body = as_json(reply).encode()
         start_response(RECEIPTS[outcome], [*headers, ("Content-Length", str(len(body)))])
         yield body
@@ -1369,7 +1585,10 @@ def log_delivery(environ, started, *words):
     about = (environ.get(name, "-") for name in ("HTTP_SENTRY_HOOK_RESOURCE", "HTTP_REQUEST_ID"))
     milliseconds = (time.monotonic() - started) * 1000
     log.info(
-        "webhook %s; %s; %.0f ms", joined(*words), joined(*(HIDDEN.sub("?", word)[:40] for word in about)), milliseconds
+        "webhook %s; %s; %.0f ms",
+        joined(*words),
+        joined(*(HIDDEN.sub("?", word)[:40] for word in about)),
+        milliseconds,
     )
 
 
@@ -1382,8 +1601,13 @@ def guard_reading():
     with suppress(ValueError):  # Werkzeug's, of a header that is not ASCII
         given = request.authorization
     words = (given.token if given.type == "bearer" else given.password) or "" if given else ""
-    if not hmac.compare_digest(words.encode("utf-8", "replace"), token.encode("utf-8", "surrogateescape")):
-        abort(401, "Reading needs API_TOKEN; send 'Authorization: Bearer <token>', or the token as Basic password.")
+    if not hmac.compare_digest(
+        words.encode("utf-8", "replace"), token.encode("utf-8", "surrogateescape")
+    ):
+        abort(
+            401,
+            "Reading needs API_TOKEN; send 'Authorization: Bearer <token>', or the token as Basic password.",
+        )
 
 
 def choose_form(*forms):
@@ -1398,7 +1622,10 @@ def read_query(*names):
     """Return the query string as a dict without empty values; abort with 400 on a name not in `names` or a repeat."""
     for name, values in request.args.lists():
         if name not in names:
-            abort(400, f"The parameter {ascii(name[:40])} is unknown here; known are {', '.join(names) or 'none'}.")
+            abort(
+                400,
+                f"The parameter {ascii(name[:40])} is unknown here; known are {', '.join(names) or 'none'}.",
+            )
         if len(values) > 1:
             abort(400, f"The parameter {name} is given {len(values)} times; give it once.")
     return {name: clean(value.strip()) for name, value in request.args.items() if value.strip()}
@@ -1407,7 +1634,9 @@ def read_query(*names):
 def read_number(query, name, least, most):
     """Return a whole number of the query, None if it isn't there; abort with 400 if it is none or out of bounds."""
     value = query.get(name)
-    if value is not None and not (re.fullmatch(r"[0-9]{1,19}", value) and least <= int(value) <= most):
+    if value is not None and not (
+        re.fullmatch(r"[0-9]{1,19}", value) and least <= int(value) <= most
+    ):
         abort(400, f"{name}={ascii(value[:40])} is no whole number from {least} to {most}.")
     return value and int(value)
 
@@ -1422,9 +1651,14 @@ def read_time(query, name):
         minutes = int(ago[1]) * {"m": 1, "h": 60, "d": 1440}[ago[2]]
         found = moment(max(time.time() - minutes * 60, 0))
     else:
-        found = moment(value.replace(" ", "+") if "T" in value else value)  # a plus that was not encoded
+        found = moment(
+            value.replace(" ", "+") if "T" in value else value
+        )  # a plus that was not encoded
     if found is None:
-        abort(400, f"{name}={ascii(value[:40])} is no time; use ISO 8601, as 2026-01-31T12:00:00Z, or 15m, 24h, 7d.")
+        abort(
+            400,
+            f"{name}={ascii(value[:40])} is no time; use ISO 8601, as 2026-01-31T12:00:00Z, or 15m, 24h, 7d.",
+        )
     return in_microseconds(datetime.fromisoformat(found))
 
 
@@ -1438,7 +1672,9 @@ def read_filters(query):
 
 def answer(form, state, render, links=None):
     """Reply in a form with what `render` returns, or with 304 to a client that has it: `state` tells versions apart."""
-    etag = hashlib.sha256(as_json([STAMP, form, request.full_path, *state]).encode()).hexdigest()[:32]
+    etag = hashlib.sha256(as_json([STAMP, form, request.full_path, *state]).encode()).hexdigest()[
+        :32
+    ]
     known = request.if_none_match.contains_weak(etag)
     response = Response(status=304) if known else Response(render(), mimetype=FORMS[form])
     response.set_etag(etag)
@@ -1459,7 +1695,9 @@ def show_latest():
     for row in select_errors(connection, narrow(connection, filters), 1):
         return show(connection, row, form, read_number(query, "refresh", 5, 3600))
     words = (
-        "No error matches; /errors lists those there are." if filters else "No error has come in yet; see / for how."
+        "No error matches; /errors lists those there are."
+        if filters
+        else "No error has come in yet; see / for how."
     )
     return abort(404, words)
 
@@ -1504,9 +1742,15 @@ def show(connection, row, form, refresh=None):
     renders = {
         "json": lambda: as_json(detail(row, find_body(connection, row))),
         "text": lambda: error_text(row, find_body(connection, row), url),
-        "html": lambda: render_template("detail.html", refresh=refresh, **error_page(connection, row)),
+        "html": lambda: render_template(
+            "detail.html", refresh=refresh, **error_page(connection, row)
+        ),
     }
-    return answer(form, [id_, row["received_at"], *(moving(connection) if form == "html" else [])], renders[form])
+    return answer(
+        form,
+        [id_, row["received_at"], *(moving(connection) if form == "html" else [])],
+        renders[form],
+    )
 
 
 def error_page(connection, row):
@@ -1518,7 +1762,8 @@ def error_page(connection, row):
     if found["stacktrace"] and not any(exception["frames"] for exception in chain):
         chain = [{**(chain[0] if chain else {}), "frames": found["stacktrace"]}, *chain[1:]]
     return {
-        "error": summary(row) | {key: found[key] for key in ("tags", "actor", "request", "breadcrumbs")},
+        "error": summary(row)
+        | {key: found[key] for key in ("tags", "actor", "request", "breadcrumbs")},
         "chain": chain,
         "marked": any(frame["in_app"] for exception in chain for frame in exception["frames"]),
         "newer": newer,
@@ -1542,7 +1787,9 @@ def list_errors():
     limit = limit or (50 if form == "html" else 100)
     rows = select_errors(connection, filters, limit + 1, oldest_first)
     rows, more = rows[:limit], len(rows) > limit
-    next_page = page_url(query, **{"after" if oldest_first else "before": rows[-1]["id"]}) if more else None
+    next_page = (
+        page_url(query, **{"after" if oldest_first else "before": rows[-1]["id"]}) if more else None
+    )
     renders = {
         "json": lambda: as_json([summary(row) for row in rows]),
         "text": lambda: errors_text(rows, next_page),
@@ -1550,7 +1797,11 @@ def list_errors():
             "list.html", refresh=refresh, **list_page(connection, query, filters, rows, more)
         ),
     }
-    state = [[[row["id"], row["received_at"]] for row in rows], more, *(moving(connection) if form == "html" else [])]
+    state = [
+        [[row["id"], row["received_at"]] for row in rows],
+        more,
+        *(moving(connection) if form == "html" else []),
+    ]
     return answer(form, state, renders[form], more and f'<{next_page}>; rel="next"')
 
 
@@ -1561,12 +1812,18 @@ def page_url(query, **changes):
 
 def list_page(connection, query, filters, rows, more):
     """Return what the page of a list shows; its chart and counts are of the newest 10,000 errors that match."""
-    oldest_first, query_ = "after" in filters, {key: query[key] for key in query if key not in ("before", "after")}
+    oldest_first, query_ = (
+        "after" in filters,
+        {key: query[key] for key in query if key not in ("before", "after")},
+    )
     rows = rows[::-1] if oldest_first else rows
     wide = {key: value for key, value in filters.items() if key not in ("before", "after")}
     seen = select_errors(connection, wide, 10_000, columns=("received_at", "project_slug", "level"))
     has_newer, has_older = (more, True) if oldest_first else ("before" in filters, more)
-    counts = {name: Counter(row[FACETS[name]] for row in seen if row[FACETS[name]]) for name in ("project", "level")}
+    counts = {
+        name: Counter(row[FACETS[name]] for row in seen if row[FACETS[name]])
+        for name in ("project", "level")
+    }
     return {
         "errors": [summary(row) for row in rows],
         "query": query,
@@ -1576,7 +1833,10 @@ def list_page(connection, query, filters, rows, more):
         "chart": chart([row["received_at"] for row in seen]),
         "seen": len(seen),
         "facets": {
-            name: [(value, count, page_url(query_, **{name: value})) for value, count in found.most_common(8)]
+            name: [
+                (value, count, page_url(query_, **{name: value}))
+                for value, count in found.most_common(8)
+            ]
             for name, found in counts.items()
         },
         "page_url": page_url,
@@ -1599,7 +1859,9 @@ def export(shared, filters, limit):
                 yield part
                 del part
         left = left - len(rows) if len(rows) == 100 else 0
-        filters = filters | ({"after" if oldest_first else "before": rows[-1]["id"]} if rows else {})
+        filters = filters | (
+            {"after" if oldest_first else "before": rows[-1]["id"]} if rows else {}
+        )
     yield "".join(lines)
 
 
@@ -1613,7 +1875,9 @@ def describe_state():
         state["counts"]["errors"] = count_errors(connection)
         state["newest"] = next(map(summary, select_errors(connection, {}, 1)), None)
         state["deliveries"] = select_deliveries(connection)
-        state["last_delivery_at"] = max((row["last_at"] for row in state["deliveries"]), default=None)
+        state["last_delivery_at"] = max(
+            (row["last_at"] for row in state["deliveries"]), default=None
+        )
     except (sqlite3.Error, OSError) as error:
         shared.database.drop_connection()
         state["problem"] = f"The database cannot be read: {error}."
@@ -1625,7 +1889,10 @@ def describe_config():
     shared = collector()
     secret, plain_ = ("SENTRY_DSN", "SENTRY_CLIENT_SECRET", "API_TOKEN"), dict(shared.settings)
     is_set = {f"{name.lower()}_set": bool(plain_.pop(name)) for name in secret}
-    found = {"database_path": str(plain_.pop("DATABASE_URL")), "journal_mode": shared.database.journal_mode}
+    found = {
+        "database_path": str(plain_.pop("DATABASE_URL")),
+        "journal_mode": shared.database.journal_mode,
+    }
     found |= {"sqlite_version": sqlite3.sqlite_version, "version": VERSION}
     return is_set | {name.lower(): value for name, value in plain_.items()} | found
 
@@ -1658,10 +1925,14 @@ def show_overview():
     """Show what this service is and what it holds."""
     form, state = choose_form("json", "html"), describe_state()
     about = ABOUT | state
-    about |= {"connect": {"webhook_url": url_for("web.receive_webhook", _external=True), "steps": STEPS}}
+    about |= {
+        "connect": {"webhook_url": url_for("web.receive_webhook", _external=True), "steps": STEPS}
+    }
     if form == "html":
         page = {**about, "config": describe_config()}
-        return answer(form, [state, int(time.time() // 60)], lambda: render_template("overview.html", **page))
+        return answer(
+            form, [state, int(time.time() // 60)], lambda: render_template("overview.html", **page)
+        )
     return answer(form, [about], lambda: as_json(about))
 
 
@@ -1681,7 +1952,10 @@ def show_health():
         check_writable(collector().database)
     except (sqlite3.Error, OSError) as error:
         waiting = len(collector().spool.names())
-        abort(503, f"The database cannot be written: {error}; free its lock or disk. {waiting} deliveries are spooled.")
+        abort(
+            503,
+            f"The database cannot be written: {error}; free its lock or disk. {waiting} deliveries are spooled.",
+        )
     response = Response(as_json({"status": "ok"}), mimetype=FORMS["json"])
     response.call_on_close(collector().keep_house)
     return response
@@ -1708,7 +1982,11 @@ def handle_http_error(error):
     if (error.code or 0) < 400:
         return error
     own = error.description != type(error).description
-    words = error.description if own else f"{error.name} for {request.method} of this page; / lists what there is."
+    words = (
+        error.description
+        if own
+        else f"{error.name} for {request.method} of this page; / lists what there is."
+    )
     headers = [item for item in error.get_headers() if item[0] == "Allow"]
     challenge = [("WWW-Authenticate", 'Basic realm="Sentry Error Collector", charset="UTF-8"')]
     return reply_with_error(error.code, words, headers + (challenge if error.code == 401 else []))
@@ -1746,16 +2024,22 @@ def backup_command(file):
     if file.exists():
         raise click.ClickException(f"{file} exists; name a new file.")
     try:
-        backup(collector().database.path, file, lambda share: click.echo(f"\r{share:4.0%}", nl=False, err=True))
+        backup(
+            collector().database.path,
+            file,
+            lambda share: click.echo(f"\r{share:4.0%}", nl=False, err=True),
+        )
         with closing(sqlite3.connect(file)) as copy:
-            click.echo(f"\r{file}: {count_errors(copy)} errors, {file.stat().st_size} bytes", err=True)
+            click.echo(
+                f"\r{file}: {count_errors(copy)} errors, {file.stat().st_size} bytes", err=True
+            )
     except (sqlite3.Error, OSError) as error:
         raise click.ClickException(f"cannot copy to {file}: {error}") from None
 
 
-# ----------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # Wiring: the settings, and the app made of them
-# ----------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 
 DEFAULTS = {
     "DATABASE_URL": "sqlite:///./data/errors.db",
@@ -1784,7 +2068,11 @@ def whole_number(settings, name, least, most):
     """Return a setting as a number; end the start if it is none or out of bounds."""
     value = settings[name].strip()
     if not re.fullmatch(r"[0-9]{1,12}", value) or not least <= int(value) <= most:
-        fail(name, f"{ascii(value[:40])} is no whole number from {least} to {most}", DEFAULTS[name] or 30)
+        fail(
+            name,
+            f"{ascii(value[:40])} is no whole number from {least} to {most}",
+            DEFAULTS[name] or 30,
+        )
     return int(value)
 
 
@@ -1793,7 +2081,11 @@ def database_path(url):
     found = re.fullmatch(r"sqlite(?:\+aiosqlite)?:///([^?#]+)", url.strip())
     if not found or found[1] == ":memory:":
         scheme = ascii(url.split(":")[0][:40])  # the rest of a foreign URL may hold a password
-        fail("DATABASE_URL", f"it must name a file as sqlite:///PATH, its scheme is {scheme}", DEFAULTS["DATABASE_URL"])
+        fail(
+            "DATABASE_URL",
+            f"it must name a file as sqlite:///PATH, its scheme is {scheme}",
+            DEFAULTS["DATABASE_URL"],
+        )
     return Path(found[1]).absolute()
 
 
@@ -1804,13 +2096,21 @@ def read_settings(config=None):
     """
     settings = dict(DEFAULTS)
     for source in (dotenv_values(".env"), os.environ, config or {}):
-        settings |= {name: str(source[name]) for name in DEFAULTS if str(source.get(name) or "").strip()}
+        settings |= {
+            name: str(source[name]) for name in DEFAULTS if str(source.get(name) or "").strip()
+        }
     secrets = [part for part in re.split(r"\s*,\s*", settings["SENTRY_CLIENT_SECRET"]) if part]
     if settings["SENTRY_CLIENT_SECRET"] and not secrets:
         fail("SENTRY_CLIENT_SECRET", "there is no secret between its commas", "0123abcd,4567ef89")
-    actions = [action for action in re.split(r"\s*,\s*", settings["SENTRY_ACTIONS"].strip()) if action]
+    actions = [
+        action for action in re.split(r"\s*,\s*", settings["SENTRY_ACTIONS"].strip()) if action
+    ]
     if not actions or not all(re.fullmatch(r"[a-z_]+", action) for action in actions):
-        fail("SENTRY_ACTIONS", "it must be actions of Sentry's, separated by commas", "created,triggered")
+        fail(
+            "SENTRY_ACTIONS",
+            "it must be actions of Sentry's, separated by commas",
+            "created,triggered",
+        )
     return {
         "DATABASE_URL": database_path(settings["DATABASE_URL"]),
         "SENTRY_DSN": settings["SENTRY_DSN"].strip(),
@@ -1818,7 +2118,9 @@ def read_settings(config=None):
         "SENTRY_CLIENT_SECRET": secrets,
         "SENTRY_ACTIONS": actions,
         "API_TOKEN": settings["API_TOKEN"].strip(),
-        "RETENTION_DAYS": whole_number(settings, "RETENTION_DAYS", 1, 36500) if settings["RETENTION_DAYS"] else None,
+        "RETENTION_DAYS": whole_number(settings, "RETENTION_DAYS", 1, 36500)
+        if settings["RETENTION_DAYS"]
+        else None,
         "MAX_BODY_BYTES": whole_number(settings, "MAX_BODY_BYTES", 1, 512 * 1024 * 1024),
         "WEB_CONCURRENCY": whole_number(settings, "WEB_CONCURRENCY", 1, 256),
         "PORT": whole_number(settings, "PORT", 1, 65535),
@@ -1836,7 +2138,11 @@ def check_folder(path):
         if path.is_dir():
             raise IsADirectoryError(f"{path} is a folder")
     except OSError as error:
-        whose = f" owned by uid {folder.stat().st_uid}, this is uid {os.getuid()}" if folder.exists() else ""
+        whose = (
+            f" owned by uid {folder.stat().st_uid}, this is uid {os.getuid()}"
+            if folder.exists()
+            else ""
+        )
         fault = f"cannot write in {folder}{whose} ({error.strerror or error}); chown it, or name another"
         fail("DATABASE_URL", fault, DEFAULTS["DATABASE_URL"])
 
@@ -1850,16 +2156,28 @@ def start_reports(dsn):
     def scrub(event, hint):
         # Neither a webhook's content nor a secret may leave: of an exception only what SQLite or the system say of it.
         for value in event.get("exception", {}).get("values", ()):
-            value["value"] = value["value"] if isinstance(hint["exc_info"][1], sqlite3.Error | OSError) else ""
+            value["value"] = (
+                value["value"] if isinstance(hint["exc_info"][1], sqlite3.Error | OSError) else ""
+            )
         return {key: event[key] for key in kept if key in event}
 
     def report(error):
-        if time.monotonic() - last[0] > 60:  # a report may come back as a webhook, which may fail again
+        if (
+            time.monotonic() - last[0] > 60
+        ):  # a report may come back as a webhook, which may fail again
             last[0] = time.monotonic()
             sentry_sdk.capture_exception(error)
 
-    options = {"default_integrations": False, "auto_enabling_integrations": False, "send_client_reports": False}
-    options |= {"include_local_variables": False, "include_source_context": False, "max_breadcrumbs": 0}
+    options = {
+        "default_integrations": False,
+        "auto_enabling_integrations": False,
+        "send_client_reports": False,
+    }
+    options |= {
+        "include_local_variables": False,
+        "include_source_context": False,
+        "max_breadcrumbs": 0,
+    }
     try:
         sentry_sdk.init(dsn, release=VERSION, before_send=scrub, **options)
     except (sentry_sdk.utils.BadDsn, ValueError):
@@ -1870,7 +2188,9 @@ def start_reports(dsn):
 def start_log():
     """Write the log to standard error, in the form of gunicorn's."""
     if not log.handlers:
-        form = logging.Formatter("[%(asctime)s] [%(process)d] [%(levelname)s] %(message)s", "%Y-%m-%d %H:%M:%S %z")
+        form = logging.Formatter(
+            "[%(asctime)s] [%(process)d] [%(levelname)s] %(message)s", "%Y-%m-%d %H:%M:%S %z"
+        )
         log.addHandler(logging.StreamHandler())
         log.handlers[0].setFormatter(form)
         log.setLevel(logging.INFO)

@@ -68,13 +68,19 @@ PART_BYTES = 65536  # of a reply that are worth sending before more of it is mad
 MOST_AT_ONCE = 10  # webhooks that share a commit,
 MOST_AT_ONCE_BYTES = 256 * 1024  # and when no more are added to them
 MOST_READERS = 50  # that wait for their turn in one worker
-SPARE_FILES = 100  # for other connections and the database, of those that the system lets a worker open
+SPARE_FILES = (
+    100  # for other connections and the database, of those that the system lets a worker open
+)
 MOST_KEPT = 300  # connections that a worker keeps, and
-MOST_KEPT_BYTES = max(16 * 1024 * 1024, 2 * settings["MAX_BODY_BYTES"])  # of their long requests, and of replies
+MOST_KEPT_BYTES = max(
+    16 * 1024 * 1024, 2 * settings["MAX_BODY_BYTES"]
+)  # of their long requests, and of replies
 
 bind = f"0.0.0.0:{settings['PORT']}"
 workers = settings["WEB_CONCURRENCY"]
-wsgi_app = "collector:create_app()"  # gunicorn wants one, though the workers have the app of the master
+wsgi_app = (
+    "collector:create_app()"  # gunicorn wants one, though the workers have the app of the master
+)
 timeout = 15  # a backstop: no client can hold a worker
 graceful_timeout = 2
 worker_tmp_dir = "/dev/shm"  # a heartbeat on a busy disk would block
@@ -82,7 +88,9 @@ forwarder_headers = ""  # nobody in front moves this service to another path
 control_socket_disable = True  # it needs a writable home
 proc_name = "sentry-error-collector"
 
-BODY = re.compile(rb"\r\n(?:Content-Length:[ \t]*0*([0-9]{1,18})|Transfer-Encoding:)", re.IGNORECASE)
+BODY = re.compile(
+    rb"\r\n(?:Content-Length:[ \t]*0*([0-9]{1,18})|Transfer-Encoding:)", re.IGNORECASE
+)
 CONTINUE = re.compile(rb"\r\nExpect:[ \t]*100-continue[ \t]*\r\n", re.IGNORECASE)
 BY_THEMSELVES = b"POST ", b"\r\nPOST ", b"GET /health"  # requests that wait for no reader
 STATUSES = {
@@ -91,7 +99,9 @@ STATUSES = {
     "NoMoreData": "408 Request Timeout",
 }
 # A byte a slot; record locks belong to a process, not to the file. A reload keeps it.
-SLOTS = collector.slots = getattr(previous, "slots", None) or tempfile.TemporaryFile(dir=worker_tmp_dir)
+SLOTS = collector.slots = getattr(previous, "slots", None) or tempfile.TemporaryFile(
+    dir=worker_tmp_dir
+)
 
 
 class Connection:
@@ -104,10 +114,18 @@ class Connection:
     def __init__(self, client, addr):
         self.client, self.addr = client, addr
         self.request, self.head_length = bytearray(), 0
-        self.said, self.length = math.inf, math.inf  # bytes that the client means to send, bytes that are waited for
+        self.said, self.length = (
+            math.inf,
+            math.inf,
+        )  # bytes that the client means to send, bytes that are waited for
         self.reply, self.parts = bytearray(), None  # parts makes more of the reply
-        self.is_waiting = self.has_begun = self.is_made = False  # the app has to wait; some was sent; all is there
-        self.then, self.until = None, 0  # what to do when the client has moved, and how long to wait for that
+        self.is_waiting = self.has_begun = self.is_made = (
+            False  # the app has to wait; some was sent; all is there
+        )
+        self.then, self.until = (
+            None,
+            0,
+        )  # what to do when the client has moved, and how long to wait for that
         self.began_at, self.moved_at, self.favoured_at = time.monotonic(), 0, 0
 
     def fileno(self):
@@ -125,7 +143,9 @@ class Connection:
     def receive(self):
         """Take in what has come; say whether that is the whole request, or no more of it will come."""
         try:
-            data = self.client.recv(min(self.lacks(), STEP_BYTES) if self.is_long() else FIRST_BYTES)
+            data = self.client.recv(
+                min(self.lacks(), STEP_BYTES) if self.is_long() else FIRST_BYTES
+            )
         except BlockingIOError:
             return False
         except OSError:
@@ -140,12 +160,16 @@ class Connection:
         """Find out how long the request is, once its head is here."""
         end = self.request.find(b"\r\n\r\n") + 4
         if end < 4:
-            if len(self.request) > HEAD_BYTES or b"\n\n" in self.request:  # this is no head, nor will be
+            if (
+                len(self.request) > HEAD_BYTES or b"\n\n" in self.request
+            ):  # this is no head, nor will be
                 self.length = 0
             return
         found = BODY.search(self.request, 0, end)
         self.head_length, self.said = end, end + (int(found[1] or 2**63) if found else 0)
-        is_wanted = self.request.startswith(BY_THEMSELVES) and self.said - end <= settings["MAX_BODY_BYTES"]
+        is_wanted = (
+            self.request.startswith(BY_THEMSELVES) and self.said - end <= settings["MAX_BODY_BYTES"]
+        )
         self.length = self.said if is_wanted else end
         if not self.is_whole() and CONTINUE.search(self.request, 0, end):
             with contextlib.suppress(OSError):
@@ -189,7 +213,9 @@ class Worker(SyncWorker):
     collector = stopped_at = None
 
     def load_wsgi(self):
-        self.wsgi = collector.app_in_use  # made by the master: whatever changes on the disk, a worker can start
+        self.wsgi = (
+            collector.app_in_use
+        )  # made by the master: whatever changes on the disk, a worker can start
         self.collector = self.wsgi.extensions["collector"]
 
     def handle_exit(self, sig, frame):
@@ -204,9 +230,20 @@ class Worker(SyncWorker):
     handle_quit = handle_exit  # Ctrl-C, too, leaves time for what is in hand
 
     def run(self):
-        self.kept, self.webhooks, self.served = {}, [], []  # connections; what the app has yet to do after replies
-        self.readers, self.longer, self.goes_on_until = deque(), deque(), 0  # who begin, who go on with a long reply
-        self.paused, self.favourite = set(), None  # long requests that wait for room, and the one that needs none
+        self.kept, self.webhooks, self.served = (
+            {},
+            [],
+            [],
+        )  # connections; what the app has yet to do after replies
+        self.readers, self.longer, self.goes_on_until = (
+            deque(),
+            deque(),
+            0,
+        )  # who begin, who go on with a long reply
+        self.paused, self.favourite = (
+            set(),
+            None,
+        )  # long requests that wait for room, and the one that needs none
         self.selector, self.looked_at, self.has_more_to_do = selectors.DefaultSelector(), 0, False
         with contextlib.suppress(sqlite3.Error, OSError):
             self.collector.database.connection()  # before there are clients, who may use up what files it may open
@@ -219,7 +256,9 @@ class Worker(SyncWorker):
         self.begin_to_stop()
         for listener in self.sockets:
             self.selector.unregister(listener)
-        while self.take_in(self.sockets) and time.monotonic() < self.stopped_at + LAST_ACCEPT_SECONDS:
+        while (
+            self.take_in(self.sockets) and time.monotonic() < self.stopped_at + LAST_ACCEPT_SECONDS
+        ):
             self.step(())  # who has connected is not refused
         while self.has_work() and time.monotonic() < self.stopped_at + STOPPING_SECONDS:
             self.step(())
@@ -237,9 +276,13 @@ class Worker(SyncWorker):
         while self.served:
             self.attempt(Connection.end, self.served.pop())
         if self.kept or not is_busy:
-            pause = GIVE_WAY_SECONDS / 2 if self.readers or self.longer else 0.1 if self.kept else 0.5
+            pause = (
+                GIVE_WAY_SECONDS / 2 if self.readers or self.longer else 0.1 if self.kept else 0.5
+            )
             is_busy |= self.watch(0 if is_busy or self.has_more_to_do else pause)
-        if not is_busy and (self.has_more_to_do or time.monotonic() > self.collector.kept_house_at + 0.1):
+        if not is_busy and (
+            self.has_more_to_do or time.monotonic() > self.collector.kept_house_at + 0.1
+        ):
             self.has_more_to_do = self.collector.keep_house()
             if not self.is_parent_alive():
                 self.alive = False
@@ -308,13 +351,21 @@ class Worker(SyncWorker):
 
     def has_room(self):
         """Say whether there is memory for more of the long requests."""
-        return sum(len(other.request) for other in self.kept if other.is_long()) + STEP_BYTES <= MOST_KEPT_BYTES
+        return (
+            sum(len(other.request) for other in self.kept if other.is_long()) + STEP_BYTES
+            <= MOST_KEPT_BYTES
+        )
 
     def share_room(self):
         """Let paused requests go on if there is room, else one of them for a while; end those that hold it idly."""
-        now, waiting = time.monotonic(), sorted(self.paused, key=lambda other: (other.favoured_at, other.lacks()))
+        now, waiting = (
+            time.monotonic(),
+            sorted(self.paused, key=lambda other: (other.favoured_at, other.lacks())),
+        )
         if not self.has_room():
-            receiving = [other for other in self.kept if other.is_long() and other.then == self.receive]
+            receiving = [
+                other for other in self.kept if other.is_long() and other.then == self.receive
+            ]
             for connection in receiving:
                 if connection not in self.paused and connection.moved_at < now - STILL_SECONDS:
                     self.attempt(self.expire, connection)
@@ -338,7 +389,9 @@ class Worker(SyncWorker):
         """Put a request of which no more will come where it waits for its turn."""
         self.release(connection)
         if not connection.is_whole():
-            del connection.request[connection.head_length or len(connection.request) :]  # the rest is of no use
+            del connection.request[
+                connection.head_length or len(connection.request) :
+            ]  # the rest is of no use
         if not connection.request:
             self.drop(connection)
         elif connection.request.startswith(BY_THEMSELVES):
@@ -399,7 +452,9 @@ class Worker(SyncWorker):
         except Exception:
             self.log.exception("fault in a request")
             self.reply_with_error(
-                connection, "500 Internal Server Error", "A fault of the collector's own; its log says more."
+                connection,
+                "500 Internal Server Error",
+                "A fault of the collector's own; its log says more.",
             )
         else:
             self.send(connection)
@@ -466,7 +521,11 @@ class Worker(SyncWorker):
         status = STATUSES.get(name, "400 Bad Request")
         if not isinstance(error, NoMoreData):
             # gunicorn would log the whole of a line that may have megabytes.
-            self.log.warning("no HTTP that can be served, from %s: %s", (connection.addr or ["a socket"])[0], name)
+            self.log.warning(
+                "no HTTP that can be served, from %s: %s",
+                (connection.addr or ["a socket"])[0],
+                name,
+            )
         words = f"This is no HTTP that can be served ({name}); send a plain request, and all of it."
         self.reply_with_error(connection, status, words)
 
@@ -491,7 +550,9 @@ class Worker(SyncWorker):
         self.selector.register(connection, events)
         self.kept[connection] = None
         connection.then, connection.until = then, time.monotonic() + seconds
-        if len(self.kept) > min(MOST_KEPT, max(resource.getrlimit(resource.RLIMIT_NOFILE)[0] - SPARE_FILES, 16)):
+        if len(self.kept) > min(
+            MOST_KEPT, max(resource.getrlimit(resource.RLIMIT_NOFILE)[0] - SPARE_FILES, 16)
+        ):
             self.drop_one()
         if sum(len(other.reply) for other in self.kept) > MOST_KEPT_BYTES:
             self.drop(max(self.kept, key=lambda other: len(other.reply)))
@@ -526,7 +587,10 @@ def on_starting(server):
         )
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     if soft < 1024:
-        resource.setrlimit(resource.RLIMIT_NOFILE, (1024 if hard == resource.RLIM_INFINITY else min(1024, hard), hard))
+        resource.setrlimit(
+            resource.RLIMIT_NOFILE,
+            (1024 if hard == resource.RLIM_INFINITY else min(1024, hard), hard),
+        )
     collector.app_in_use = collector.make_app(settings)
     gc.freeze()  # what is there now stays, and is shared by the workers
 
@@ -534,5 +598,8 @@ def on_starting(server):
 def when_ready(server):
     """Let the kernel keep connections until they bring data: browsers open spare ones."""
     for listener in server.LISTENERS:
-        if hasattr(socket, "TCP_DEFER_ACCEPT") and listener.sock.family in (socket.AF_INET, socket.AF_INET6):
+        if hasattr(socket, "TCP_DEFER_ACCEPT") and listener.sock.family in (
+            socket.AF_INET,
+            socket.AF_INET6,
+        ):
             listener.sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_DEFER_ACCEPT, 30)

@@ -52,9 +52,9 @@ BODY_BYTES = 20_000
 fork = multiprocessing.get_context("fork")
 
 
-# ----------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # Deliveries: made up, but in the form, the size and the words of real ones
-# ----------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 
 # Source lines come from the standard library, because made-up ones do not compress as real ones do.
 SOURCES = (
@@ -75,7 +75,9 @@ NOUNS = (
     "vehicle vendor version video voucher wallet warehouse webhook widget window worker zone"
 ).split()
 VERBS = "build check close create delete fetch find import load merge open parse print read refresh render save".split()
-ENDS = "missing,not found,is not valid,timed out,was refused,has no default,already exists,out of range".split(",")
+ENDS = "missing,not found,is not valid,timed out,was refused,has no default,already exists,out of range".split(
+    ","
+)
 EXCEPTIONS = (
     "KeyError ValueError TypeError AttributeError ConnectionError TimeoutError IntegrityError OperationalError "
     "PermissionError ValidationError NotFoundError IndexError ZeroDivisionError AssertionError"
@@ -101,7 +103,9 @@ def falling(count):
 
 def read_source(name):
     """Return the lines of a module of the standard library, and where in it code may crash: (line number, function)."""
-    lines = (Path(sysconfig.get_path("stdlib")) / f"{name}.py").read_text(encoding="utf-8").splitlines()
+    lines = (
+        (Path(sysconfig.get_path("stdlib")) / f"{name}.py").read_text(encoding="utf-8").splitlines()
+    )
     places, function = [], "<module>"
     for number, line in enumerate(lines):
         found = re.match(r"\s*def (\w+)", line)
@@ -120,8 +124,15 @@ class Traffic:
 
     def __init__(self, seed, templates=200, with_source=True):
         self.random = random.Random(seed)
-        syllables = [first + second for first in "bcdfghklmnprstvz" for second in ("a", "e", "i", "o", "u", "an", "er")]
-        tail = {"".join(self.random.choices(syllables, k=self.random.choice((2, 3, 4)))) for _ in range(8000)}
+        syllables = [
+            first + second
+            for first in "bcdfghklmnprstvz"
+            for second in ("a", "e", "i", "o", "u", "an", "er")
+        ]
+        tail = {
+            "".join(self.random.choices(syllables, k=self.random.choice((2, 3, 4))))
+            for _ in range(8000)
+        }
         self.words = NOUNS + sorted(tail)
         self.word_weights = falling(len(self.words))
         self.sources = {name: read_source(name) for name in SOURCES}
@@ -135,7 +146,11 @@ class Traffic:
     def make_issue(self, index):
         """Return what the errors of one issue have in common, as columns."""
         choose = self.random.choice
-        project = self.random.choices(list(PROJECTS), cum_weights=falling(len(PROJECTS)))[0] if index else "shop"
+        project = (
+            self.random.choices(list(PROJECTS), cum_weights=falling(len(PROJECTS)))[0]
+            if index
+            else "shop"
+        )
         first, second, *more = self.some_words(5)
         kind = choose(EXCEPTIONS)
         value = f"{choose(VERBS)} {first} @NUMBER@: {second} {choose(ENDS)} ({' '.join(more)})"
@@ -145,7 +160,9 @@ class Traffic:
             "project_slug": project,
             "platform": PROJECTS[project],
             "level": self.random.choices(("error", "warning", "fatal", "info"), (85, 8, 4, 3))[0],
-            "environment": self.random.choices(("production", "staging", "development"), (75, 20, 5))[0],
+            "environment": self.random.choices(
+                ("production", "staging", "development"), (75, 20, 5)
+            )[0],
             "exception_type": kind,
             "exception_value": value,
             "title": f"{kind}: {value}",
@@ -158,32 +175,63 @@ class Traffic:
         if platform in WITHOUT_SOURCE:
             first, second = self.random.choices(NOUNS, cum_weights=falling(len(NOUNS)), k=2)
             module = f"com.acme.{first}.{second.title()}{self.random.choice(('Service', 'Handler', 'Store'))}"
-            function, number = f"{self.random.choice(VERBS)}{first.title()}", self.random.randrange(900)
-            found = {"filename": f"{second.title()}.java", "module": module, "function": function, "lineno": number}
+            function, number = (
+                f"{self.random.choice(VERBS)}{first.title()}",
+                self.random.randrange(900),
+            )
+            found = {
+                "filename": f"{second.title()}.java",
+                "module": module,
+                "function": function,
+                "lineno": number,
+            }
             return dict.fromkeys(FRAME_KEYS) | found | {"in_app": True, "data": {"orig_in_app": 1}}
         name = self.random.choice(files)
         lines, places = self.sources[name]
         number, function = self.random.choice(places)
-        found = {"filename": f"{name}.py", "abs_path": f"/usr/src/app/lib/{name}.py", "module": name}
-        found |= {"function": function, "lineno": number + 1, "in_app": name < "f", "data": {"orig_in_app": 1}}
+        found = {
+            "filename": f"{name}.py",
+            "abs_path": f"/usr/src/app/lib/{name}.py",
+            "module": name,
+        }
+        found |= {
+            "function": function,
+            "lineno": number + 1,
+            "in_app": name < "f",
+            "data": {"orig_in_app": 1},
+        }
         found |= {"pre_context": lines[max(number - 5, 0) : number], "context_line": lines[number]}
         found |= {"post_context": lines[number + 1 : number + 6], "vars": None}
         if platform in WITH_VARIABLES:
-            names = dict.fromkeys(re.findall(r"[a-z_]{3,}", "".join(lines[number - 5 : number + 1])))
-            found["vars"] = {name: values.setdefault(name, self.make_value()) for name in list(names)[:6]}
+            names = dict.fromkeys(
+                re.findall(r"[a-z_]{3,}", "".join(lines[number - 5 : number + 1]))
+            )
+            found["vars"] = {
+                name: values.setdefault(name, self.make_value()) for name in list(names)[:6]
+            }
         return dict.fromkeys(FRAME_KEYS) | found
 
     def make_value(self):
         """Return what Sentry's SDK says of a variable."""
         word, number = self.random.choice(self.words), self.random.randrange(10**6)
         address = f"0x7f{self.random.getrandbits(40):010x}"
-        return self.random.choice(("None", f"'{word}'", f"<{word.title()} at {address}>", f"{number}", f"['{word}']"))
+        return self.random.choice(
+            ("None", f"'{word}'", f"<{word.title()} at {address}>", f"{number}", f"['{word}']")
+        )
 
     def make_template(self, issue):
         """Return the body of an issue's deliveries, with @EVENT@ and @NUMBER@ where one differs from the next."""
         project, at = issue["project_slug"], "2026-01-31T12:00:00.000000Z"
-        tags = {"level": issue["level"], "environment": issue["environment"], "server_name": f"{project}-3"}
-        tags |= {"runtime": "CPython 3.11.7", "transaction": f"/{project}/@NUMBER@", "user": "id:@NUMBER@"}
+        tags = {
+            "level": issue["level"],
+            "environment": issue["environment"],
+            "server_name": f"{project}-3",
+        }
+        tags |= {
+            "runtime": "CPython 3.11.7",
+            "transaction": f"/{project}/@NUMBER@",
+            "user": "id:@NUMBER@",
+        }
         frames, files, values = [], self.random.choices(SOURCES, k=4), {}
         event = {
             "event_id": "@EVENT@", "project": 5_000_000, "release": f"{project}@2.31.0", "dist": None,
@@ -206,10 +254,18 @@ class Traffic:
             "web_url": f"https://acme.sentry.io/issues/{issue['issue_id']}/events/@EVENT@/",
             "issue_url": f"https://sentry.io/api/0/organizations/acme/issues/{issue['issue_id']}/",
         }  # fmt: skip
-        payload = {"action": "created", "installation": {"uuid": "65027794-169a-4042-80d0-808ece377141"}}
-        payload |= {"data": {"error": event}, "actor": {"type": "application", "id": "sentry", "name": "Sentry"}}
+        payload = {
+            "action": "created",
+            "installation": {"uuid": "65027794-169a-4042-80d0-808ece377141"},
+        }
+        payload |= {
+            "data": {"error": event},
+            "actor": {"type": "application", "id": "sentry", "name": "Sentry"},
+        }
         chain = event["exception"]["values"]
-        if issue["platform"] in WITHOUT_SOURCE:  # chained, as Java's are: each cause has the outer frames again
+        if (
+            issue["platform"] in WITHOUT_SOURCE
+        ):  # chained, as Java's are: each cause has the outer frames again
             chain[:0] = [json.loads(json.dumps(chain[0])) for _ in range(2)]
         length = len(json.dumps(payload, separators=(",", ":")))
         while length < BODY_BYTES - 500:
@@ -222,14 +278,22 @@ class Traffic:
     def make_crumb(self, number):
         first, second, third = self.some_words(3)
         message = f"SELECT {first}, {second} FROM {third} WHERE id = @NUMBER@ AND {first} > {self.random.random():.6f}"
-        crumb = {"timestamp": 1769860700 + number * 1.37, "type": "default", "category": "query", "level": "info"}
+        crumb = {
+            "timestamp": 1769860700 + number * 1.37,
+            "type": "default",
+            "category": "query",
+            "level": "info",
+        }
         return crumb | {"message": message, "data": None}
 
     def bodies(self, count):
         """Return the bodies of `count` deliveries, each with an event id of its own."""
         found = []
         for template in self.random.choices(self.templates, k=count):
-            event, number = b"%032x" % self.random.getrandbits(128), b"%07d" % self.random.randrange(10**7)
+            event, number = (
+                b"%032x" % self.random.getrandbits(128),
+                b"%07d" % self.random.randrange(10**7),
+            )
             found.append(template.replace(b"@EVENT@", event).replace(b"@NUMBER@", number))
         return found
 
@@ -242,7 +306,11 @@ class Traffic:
         chosen = self.random.choices(issues, cum_weights=weights, k=count)
         for index, issue in enumerate(chosen):
             at = f"{start + timedelta(days=days) * (index / count):%Y-%m-%dT%H:%M:%S.%fZ}"
-            row = issue | {"received_at": at, "timestamp": at, "event_id": f"{self.random.getrandbits(128):032x}"}
+            row = issue | {
+                "received_at": at,
+                "timestamp": at,
+                "event_id": f"{self.random.getrandbits(128):032x}",
+            }
             number = str(self.random.randrange(10**7))
             if index < count // 10 and index % 10 == 0:
                 row |= {"project_slug": OLD_PROJECT, "level": "debug"}
@@ -268,9 +336,9 @@ def sign(body):
     return head.encode() + body
 
 
-# ----------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # Servers
-# ----------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 
 BARE = """
 def bare(environ, start_response):
@@ -310,13 +378,23 @@ class Server:
         self.folder, self.port = Path(folder), free_port()
         self.folder.mkdir(exist_ok=True)
         self.env = {key: value for key, value in os.environ.items() if key not in SETTINGS}
-        self.env |= {"PYTHONPATH": str(ROOT), "PORT": str(self.port), "WEB_CONCURRENCY": str(WORKERS), **env}
+        self.env |= {
+            "PYTHONPATH": str(ROOT),
+            "PORT": str(self.port),
+            "WEB_CONCURRENCY": str(WORKERS),
+            **env,
+        }
         command = [sys.executable, "-m", "gunicorn", "--config", str(config), *arguments]
         self.log = self.folder / "server.log"
         with self.log.open("wb") as log:
             # In a folder of its own, where no .env of the developer's is.
             self.process = subprocess.Popen(
-                command, cwd=self.folder, env=self.env, stdout=log, stderr=log, start_new_session=True
+                command,
+                cwd=self.folder,
+                env=self.env,
+                stdout=log,
+                stderr=log,
+                start_new_session=True,
             )
 
     def wait(self, path="/sentry/webhook", seconds=30):
@@ -340,12 +418,19 @@ class Server:
         found = []
         for pid in self.workers():
             with suppress(OSError):
-                found.append(int(re.search(r"Pss:\s+(\d+)", Path(f"/proc/{pid}/smaps_rollup").read_text())[1]) / 1024)
+                found.append(
+                    int(
+                        re.search(r"Pss:\s+(\d+)", Path(f"/proc/{pid}/smaps_rollup").read_text())[1]
+                    )
+                    / 1024
+                )
         return max(found)
 
     def cpu(self):
         """Return the seconds that the workers have computed."""
-        times = [Path(f"/proc/{pid}/stat").read_text().rsplit(") ")[1].split() for pid in self.workers()]
+        times = [
+            Path(f"/proc/{pid}/stat").read_text().rsplit(") ")[1].split() for pid in self.workers()
+        ]
         return sum(int(fields[11]) + int(fields[12]) for fields in times) / os.sysconf("SC_CLK_TCK")
 
     def stop(self):
@@ -366,7 +451,9 @@ def end_group(process):
 def start_collector(stack, folder):
     """Return a running collector on folder/data/errors.db; it ends with the stack."""
     url = f"sqlite:///{folder}/data/errors.db"
-    server = Server(folder, ROOT / "gunicorn.conf.py", DATABASE_URL=url, SENTRY_CLIENT_SECRET=SECRET)
+    server = Server(
+        folder, ROOT / "gunicorn.conf.py", DATABASE_URL=url, SENTRY_CLIENT_SECRET=SECRET
+    )
     stack.callback(server.stop)
     return server.wait("/health")
 
@@ -376,18 +463,22 @@ def start_bare(stack, folder, app):
     folder.mkdir()
     (folder / "bare.py").write_text(BARE)
     config = folder / "plain.py"
-    config.write_text(f"workers = {WORKERS}\nworker_class = 'sync'\ncontrol_socket_disable = True\n")
+    config.write_text(
+        f"workers = {WORKERS}\nworker_class = 'sync'\ncontrol_socket_disable = True\n"
+    )
     server = Server(folder, config, app)  # gunicorn takes port and workers from the environment
     stack.callback(server.stop)
     return server.wait()
 
 
-# ----------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # Load: several processes on raw sockets, a connection for each request as Sentry makes it, requests made beforehand
-# ----------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 
 Load = namedtuple("Load", "latencies statuses seconds cpu")
-PATIENCE = struct.pack("ll", 20, 0)  # seconds; set in the kernel, because Python's own time-outs cost a call each
+PATIENCE = struct.pack(
+    "ll", 20, 0
+)  # seconds; set in the kernel, because Python's own time-outs cost a call each
 
 
 def exchange(address, request):
@@ -463,7 +554,9 @@ def load(port, requests, seconds, again=False, at_end=()):
         reader, writer = fork.Pipe(duplex=False)
         # An address for each client, because one alone would run out of ports.
         address = (f"127.0.0.{index + 1}", port)
-        clients.append((start_process(run_client, writer, address, mine, start, start + seconds), reader))
+        clients.append(
+            (start_process(run_client, writer, address, mine, start, start + seconds), reader)
+        )
         writer.close()
     if at_end:
         time.sleep(max(start + 0.6 * seconds - time.monotonic(), 0))
@@ -475,7 +568,12 @@ def load(port, requests, seconds, again=False, at_end=()):
         reader.close()
     latencies = sorted(itertools.chain.from_iterable(part[0] for part in parts))
     ended = max(part[2] for part in parts)
-    return Load(latencies, sum((part[1] for part in parts), Counter()), ended - start, sum(part[3] for part in parts))
+    return Load(
+        latencies,
+        sum((part[1] for part in parts), Counter()),
+        ended - start,
+        sum(part[3] for part in parts),
+    )
 
 
 def percentile(latencies, share):
@@ -500,10 +598,20 @@ def run_wrk(folder, port, requests, seconds):
         f"{max(round(seconds), 1)}s",
         "--latency",
     ]
-    command += ["--script", str(folder / "post.lua"), f"http://127.0.0.1:{port}/sentry/webhook", "--", str(folder)]
+    command += [
+        "--script",
+        str(folder / "post.lua"),
+        f"http://127.0.0.1:{port}/sentry/webhook",
+        "--",
+        str(folder),
+    ]
     said = subprocess.run(command, capture_output=True, text=True, check=True).stdout
     p99, unit = re.search(r"99%\s+([\d.]+)(us|ms|s)", said).groups()
-    return float(re.search(r"Requests/sec:\s+([\d.]+)", said)[1]), float(p99) * {"us": 0.001, "ms": 1, "s": 1000}[unit]
+    return float(re.search(r"Requests/sec:\s+([\d.]+)", said)[1]), float(p99) * {
+        "us": 0.001,
+        "ms": 1,
+        "s": 1000,
+    }[unit]
 
 
 WRK_SCRIPT = """
@@ -523,9 +631,9 @@ function request() at = at % #requests + 1 return requests[at] end
 """
 
 
-# ----------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # Measurements: each adds results
-# ----------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 
 Result = namedtuple("Result", "what measured unit ratio target met")
 
@@ -536,13 +644,21 @@ class Bench:
     def __init__(self, options, folder, stack):
         self.options, self.folder, self.stack = options, folder, stack
         self.results, self.started = [], time.monotonic()
-        self.traffic, self.plain_traffic = Traffic(options.seed), Traffic(options.seed, with_source=False)
+        self.traffic, self.plain_traffic = (
+            Traffic(options.seed),
+            Traffic(options.seed, with_source=False),
+        )
 
     def say(self, words=""):
         """Show what is being done, where somebody is looking."""
         if sys.stderr.isatty():
             at = f"{time.monotonic() - self.started:4.0f} s  {words}" if words else ""
-            print(f"\r\033[K{at[: shutil.get_terminal_size().columns - 1]}", end="", file=sys.stderr, flush=True)
+            print(
+                f"\r\033[K{at[: shutil.get_terminal_size().columns - 1]}",
+                end="",
+                file=sys.stderr,
+                flush=True,
+            )
 
     def head(self, words):
         self.results.append(words)
@@ -551,7 +667,10 @@ class Bench:
         """Add a result; `target` is a bound of the figure, as "< 64", or one of its ratio, as "ratio >= 0.35"."""
         met = None
         if target:
-            value, bound = ratio if target.startswith("ratio") else measured, float(target.split()[-1])
+            value, bound = (
+                ratio if target.startswith("ratio") else measured,
+                float(target.split()[-1]),
+            )
             met = value >= bound if ">=" in target else value < bound
         self.results.append(Result(what, measured, unit, ratio, target, met))
 
@@ -563,7 +682,14 @@ class Sample:
     """What the rounds of one contender gave."""
 
     def __init__(self):
-        self.rates, self.latencies, self.cpu, self.done, self.client_cpu, self.seconds = [], [], 0, 0, 0, 0
+        self.rates, self.latencies, self.cpu, self.done, self.client_cpu, self.seconds = (
+            [],
+            [],
+            0,
+            0,
+            0,
+            0,
+        )
         self.statuses = Counter()
 
     def take(self, found, cpu):
@@ -613,7 +739,12 @@ def measure_webhooks(bench, server, traffic, words):
     bare = start_bare(bench.stack, folder / "bare", "bare:bare")
     flask = start_bare(bench.stack, folder / "flask", "bare:flask()")
     raw = bench.stack.enter_context(closing(open_raw(folder / "raw.db")))
-    contenders = {"bare gunicorn": bare, "bare Flask": flask, "collector": server, "raw SQLite": raw}
+    contenders = {
+        "bare gunicorn": bare,
+        "bare Flask": flask,
+        "collector": server,
+        "raw SQLite": raw,
+    }
     samples = {name: Sample() for name in contenders}
     rounds, names = bench.options.rounds, list(contenders)
     seconds = bench.options.seconds / rounds
@@ -633,7 +764,10 @@ def measure_webhooks(bench, server, traffic, words):
     if shutil.which("wrk"):
         bench.say("webhooks: wrk")
         requests = bench.requests(3500 * max(round(seconds), 1), traffic)
-        rates = {name: run_wrk(bench.folder, contenders[name].port, requests, seconds) for name in names[:3]}
+        rates = {
+            name: run_wrk(bench.folder, contenders[name].port, requests, seconds)
+            for name in names[:3]
+        }
         for name, (rate, p99) in rates.items():
             bench.add(f"{name}, by wrk: webhooks", rate, "/s", rate / rates["bare gunicorn"][0])
             bench.add(f"{name}, by wrk: p99", p99, "ms", p99 / rates["bare gunicorn"][1])
@@ -644,25 +778,42 @@ def measure_webhooks(bench, server, traffic, words):
 
 def report_webhooks(bench, samples, words):
     """Add the figures of the contenders; a rate is the median of its rounds, a ratio that of the rounds' ratios."""
-    bench.head(f"webhooks: {WORKERS} workers, {CLIENTS} clients, {BODY_BYTES // 1000} kB signed, synced; {words}")
+    bench.head(
+        f"webhooks: {WORKERS} workers, {CLIENTS} clients, {BODY_BYTES // 1000} kB signed, synced; {words}"
+    )
     bare = samples["bare gunicorn"]
     for name, sample in samples.items():
         ours = name == "collector"
-        ratio = statistics.median(rate / other for rate, other in zip(sample.rates, bare.rates, strict=True))
+        ratio = statistics.median(
+            rate / other for rate, other in zip(sample.rates, bare.rates, strict=True)
+        )
         rate = statistics.median(sample.rates)
         bench.add(f"{name}: webhooks", rate, "/s", ratio, "ratio >= 0.35" if ours else "")
-        for share, what, target in ((0.5, "p50", ""), (0.99, "p99", "< 40"), (1, "slowest", "< 1000")):
+        for share, what, target in (
+            (0.5, "p50", ""),
+            (0.99, "p99", "< 40"),
+            (1, "slowest", "< 1000"),
+        ):
             value, other = (1000 * percentile(each.latencies, share) for each in (sample, bare))
             bench.add(f"{name}: {what}", value, "ms", value / other, target if ours else "")
         cpu, other = (1000 * each.cpu / len(each.latencies) for each in (sample, bare))
         bench.add(f"{name}: CPU of a webhook", cpu, "ms", cpu / other)
-        wrong = {status.decode(): count for status, count in sample.statuses.items() if status not in (b"200", b"201")}
+        wrong = {
+            status.decode(): count
+            for status, count in sample.statuses.items()
+            if status not in (b"200", b"201")
+        }
         if wrong:
             bench.add(f"{name}: NOT TAKEN {wrong}", sum(wrong.values()), "", None, "< 1")
     busy = bare.client_cpu / bare.seconds / os.cpu_count()
     bench.add("load generator: share of all cores beside bare gunicorn", 100 * busy, "%")
     could = len(bare.latencies) / bare.client_cpu * os.cpu_count()
-    bench.add("load generator: what all cores could send", could, "/s", could / statistics.median(bare.rates))
+    bench.add(
+        "load generator: what all cores could send",
+        could,
+        "/s",
+        could / statistics.median(bare.rates),
+    )
 
 
 def check_stored(folder, acknowledged):
@@ -690,10 +841,20 @@ def measure_memory(bench, server, at_start, taken):
     bench.head("memory of the largest worker (PSS)")
     bench.add("after start", at_start, "MB", None, "< 64")
     bench.add("after the first few thousand webhooks", warm, "MB", None, "< 64")
-    bench.add(f"after {taken:,} webhooks (ratio to the first few thousand)", after, "MB", after / warm, "< 64")
+    bench.add(
+        f"after {taken:,} webhooks (ratio to the first few thousand)",
+        after,
+        "MB",
+        after / warm,
+        "< 64",
+    )
     bench.add("growth over those webhooks", after - warm, "MB", None, "< 4")
     bench.add(
-        f"highest during an export of all {size / 1e6:,.0f} MB (ratio to before)", peak, "MB", peak / after, "< 64"
+        f"highest during an export of all {size / 1e6:,.0f} MB (ratio to before)",
+        peak,
+        "MB",
+        peak / after,
+        "< 64",
     )
     bench.add("growth by that export", peak - after, "MB", None, "< 4")
     bench.add("export: errors in full", taken / seconds, "/s")
@@ -729,7 +890,9 @@ def fill(bench, path, rows):
     path.parent.mkdir(parents=True)
     started = time.monotonic()
     with closing(sqlite3.connect(path, isolation_level=None)) as connection:
-        settings = "PRAGMA journal_mode = OFF; PRAGMA synchronous = OFF; PRAGMA cache_size = -400000;"
+        settings = (
+            "PRAGMA journal_mode = OFF; PRAGMA synchronous = OFF; PRAGMA cache_size = -400000;"
+        )
         connection.executescript(settings + (ROOT / "schema.sql").read_text())
         columns = [row[1] for row in connection.execute("PRAGMA table_info(errors)")][1:]
         sql = f"INSERT INTO errors ({', '.join(columns)}) VALUES ({', '.join(f':{name}' for name in columns)})"
@@ -811,18 +974,29 @@ def concrete(path, rows):
 def measure_reads(bench, small, big, small_rows, big_rows):
     """Read every page and query from both databases in turns; the ratio is that of the medians."""
     for title, paths in QUERIES.items():
-        bench.head(f"{title}: p99 with {big_rows:,} rows (ratio of the medians to {small_rows:,} rows)")
+        bench.head(
+            f"{title}: p99 with {big_rows:,} rows (ratio of the medians to {small_rows:,} rows)"
+        )
         for path in paths.split():
             bench.say(f"reads: {path}")
             is_latest = path == "/errors/latest"
             times = read_both(
-                [(small.port, get(concrete(path, small_rows))), (big.port, get(concrete(path, big_rows)))],
+                [
+                    (small.port, get(concrete(path, small_rows))),
+                    (big.port, get(concrete(path, big_rows))),
+                ],
                 bench.options.reads * (5 if is_latest else 1),
             )
             ratio = statistics.median(times[1]) / statistics.median(times[0])
             bench.add(path, 1000 * percentile(sorted(times[1]), 0.99), "ms", ratio, "< 100")
             if is_latest:
-                bench.add(f"{path}: median", 1000 * statistics.median(times[1]), "ms", ratio, "ratio < 1.2")
+                bench.add(
+                    f"{path}: median",
+                    1000 * statistics.median(times[1]),
+                    "ms",
+                    ratio,
+                    "ratio < 1.2",
+                )
 
 
 def read_both(targets, count, seconds=5):
@@ -879,7 +1053,12 @@ class Backup:
         command = [sys.executable, "-m", "flask", "--app", "collector", "backup", str(self.file)]
         with (server.folder / "backup.log").open("wb") as log:
             self.process = subprocess.Popen(
-                command, cwd=server.folder, env=server.env, stdout=log, stderr=log, start_new_session=True
+                command,
+                cwd=server.folder,
+                env=server.env,
+                stdout=log,
+                stderr=log,
+                start_new_session=True,
             )
 
     def stop(self):
@@ -896,14 +1075,24 @@ def measure_neighbours(bench, server):
     kinds = {
         "nothing": lambda: [],
         "an export": lambda: [Neighbour(read_on, server.port, ["/errors?format=ndjson"], 0)],
-        "an export, read slowly": lambda: [Neighbour(read_on, server.port, ["/errors?format=ndjson"], 0.05)],
-        "searches by 4": lambda: [Neighbour(read_on, server.port, searches[index:], 0) for index in range(4)],
-        "pages for 4 browsers": lambda: [Neighbour(read_on, server.port, lists[index:], 0) for index in range(4)],
+        "an export, read slowly": lambda: [
+            Neighbour(read_on, server.port, ["/errors?format=ndjson"], 0.05)
+        ],
+        "searches by 4": lambda: [
+            Neighbour(read_on, server.port, searches[index:], 0) for index in range(4)
+        ],
+        "pages for 4 browsers": lambda: [
+            Neighbour(read_on, server.port, lists[index:], 0) for index in range(4)
+        ],
         "a backup": lambda: [Backup(server)],
         "a long read by sqlite3": lambda: [Neighbour(read_long, database)],
     }
-    kinds["all of these at once"] = lambda: [one for kind in list(kinds.values())[1:-1] for one in kind()]
-    bench.head(f"webhooks with {bench.options.rows:,} rows beside (rate as ratio to that beside nothing)")
+    kinds["all of these at once"] = lambda: [
+        one for kind in list(kinds.values())[1:-1] for one in kind()
+    ]
+    bench.head(
+        f"webhooks with {bench.options.rows:,} rows beside (rate as ratio to that beside nothing)"
+    )
     undisturbed, stored = None, bench.options.rows
     for name, start in kinds.items():
         bench.say(f"webhooks beside {name}")
@@ -913,21 +1102,27 @@ def measure_neighbours(bench, server):
             neighbours = start()
             for neighbour in neighbours:
                 stack.callback(neighbour.stop)
-            found = load(server.port, requests, seconds, at_end=[neighbour.stop for neighbour in neighbours])
+            found = load(
+                server.port, requests, seconds, at_end=[neighbour.stop for neighbour in neighbours]
+            )
         stored += found.statuses[b"201"]
         rate = len(found.latencies) / found.seconds
         undisturbed = undisturbed or rate
         bench.add(f"{name}: webhooks", rate, "/s", rate / undisturbed)
         bench.add(f"{name}: slowest", 1000 * found.latencies[-1], "ms", None, "< 1000")
         if set(found.statuses) != {b"201"}:
-            wrong = {status.decode(): count for status, count in found.statuses.items() if status != b"201"}
+            wrong = {
+                status.decode(): count
+                for status, count in found.statuses.items()
+                if status != b"201"
+            }
             bench.add(f"{name}: NOT STORED AT ONCE {wrong}", sum(wrong.values()), "", None, "< 1")
     check_stored(server.folder, stored)
 
 
-# ----------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # Report
-# ----------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 
 
 def file_system(folder):
@@ -935,7 +1130,9 @@ def file_system(folder):
     best = ("", "unknown")
     for line in Path("/proc/self/mountinfo").read_text().splitlines():
         mount, kind = line.split(" ")[4], line.split(" - ")[1].split(" ")[0]
-        if os.path.commonpath((mount, os.path.realpath(folder))) == mount and len(mount) >= len(best[0]):
+        if os.path.commonpath((mount, os.path.realpath(folder))) == mount and len(mount) >= len(
+            best[0]
+        ):
             best = (mount, kind)
     return best[1]
 
@@ -944,10 +1141,21 @@ def describe(options, folder):
     """Return the seed, the machine and what it has."""
     versions = [f"{name} {importlib.metadata.version(name)}" for name in ("gunicorn", "flask")]
     disk = file_system(folder)
-    about = [f"seed {options.seed}", f"{os.cpu_count()} cores", f"{platform.system()} {platform.release()}"]
-    about += [f"Python {platform.python_version()}", f"SQLite {sqlite3.sqlite_version}", *versions, f"data on {disk}"]
+    about = [
+        f"seed {options.seed}",
+        f"{os.cpu_count()} cores",
+        f"{platform.system()} {platform.release()}",
+    ]
+    about += [
+        f"Python {platform.python_version()}",
+        f"SQLite {sqlite3.sqlite_version}",
+        *versions,
+        f"data on {disk}",
+    ]
     about += [f"load of others {os.getloadavg()[0]:.1f}"]
-    about += ["SYNCS COST NOTHING THERE; set TMPDIR to a folder on a disk"] if disk == "tmpfs" else []
+    about += (
+        ["SYNCS COST NOTHING THERE; set TMPDIR to a folder on a disk"] if disk == "tmpfs" else []
+    )
     return "; ".join(about)
 
 
@@ -966,16 +1174,31 @@ def print_table(results):
             ratio = "" if result.ratio is None else f"{result.ratio:.2f}"
             met = {None: "", True: "yes", False: "NO"}[result.met]
             target = (
-                f"{result.target} {'' if result.target.startswith('ratio') else result.unit}" if result.target else ""
+                f"{result.target} {'' if result.target.startswith('ratio') else result.unit}"
+                if result.target
+                else ""
             )
-            lines.append((f"  {result.what}", figure(result.measured, result.unit), ratio, target.strip(), met))
+            lines.append(
+                (
+                    f"  {result.what}",
+                    figure(result.measured, result.unit),
+                    ratio,
+                    target.strip(),
+                    met,
+                )
+            )
     widths = [max(len(line[index]) for line in lines if line[1]) for index in range(5)]
     for what, measured, ratio, target, met in lines:
         line = f"{what:{widths[0]}}  {measured:>{widths[1]}}  {ratio:>{widths[2]}}  {target:{widths[3]}}  {met}"
         print(line.rstrip())
-    missed = [result.what for result in results if not isinstance(result, str) and result.met is False]
+    missed = [
+        result.what for result in results if not isinstance(result, str) and result.met is False
+    ]
     judged = sum(1 for result in results if not isinstance(result, str) and result.met is not None)
-    print(f"\n{judged - len(missed)} of {judged} targets met" + (f"; missed: {'; '.join(missed)}" if missed else ""))
+    print(
+        f"\n{judged - len(missed)} of {judged} targets met"
+        + (f"; missed: {'; '.join(missed)}" if missed else "")
+    )
 
 
 def write_csv(file, results):
@@ -1001,20 +1224,28 @@ def read_options():
     options = parser.parse_args()
     options.rows = options.rows or (10_000 if options.quick else 1_000_000)
     options.seconds = options.seconds or (1 if options.quick else 10)
-    options.rounds, options.reads, options.webhooks = (2, 4, 5_000) if options.quick else (5, 100, 100_000)
+    options.rounds, options.reads, options.webhooks = (
+        (2, 4, 5_000) if options.quick else (5, 100, 100_000)
+    )
     return options
 
 
 def main():
     options = read_options()
     for number in (signal.SIGTERM, signal.SIGINT):
-        signal.signal(number, lambda number, _: sys.exit(128 + number))  # so that servers and folders are cleared away
+        signal.signal(
+            number, lambda number, _: sys.exit(128 + number)
+        )  # so that servers and folders are cleared away
     with ExitStack() as stack:
         file = stack.enter_context(options.csv.open("w", newline="")) if options.csv else None
-        folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="collector-benchmark-")))
+        folder = Path(
+            stack.enter_context(tempfile.TemporaryDirectory(prefix="collector-benchmark-"))
+        )
         needed = options.rows * 12_000 + options.webhooks * 9_000
         if shutil.disk_usage(folder).free < needed:
-            raise SystemExit(f"{folder} needs {needed / 1e9:.0f} GB; set TMPDIR to a larger disk, or --rows to less")
+            raise SystemExit(
+                f"{folder} needs {needed / 1e9:.0f} GB; set TMPDIR to a larger disk, or --rows to less"
+            )
         print(describe(options, folder), flush=True)
         bench = Bench(options, folder, stack)
         bench.say("starting")
@@ -1036,7 +1267,10 @@ def main():
         small_rows = min(1000, options.rows)
         fill(bench, folder / "small" / "data" / "errors.db", small_rows)
         fill(bench, folder / "big" / "data" / "errors.db", options.rows)
-        small, big = start_collector(stack, folder / "small"), start_collector(stack, folder / "big")
+        small, big = (
+            start_collector(stack, folder / "small"),
+            start_collector(stack, folder / "big"),
+        )
         measure_reads(bench, small, big, small_rows, options.rows)
         small.stop()
         measure_neighbours(bench, big)

@@ -89,13 +89,20 @@ def post(client, payload, **headers):
     """Post a payload (dict or bytes) with a test client; header names are given with underscores."""
     body = payload if isinstance(payload, bytes) else wire(payload)
     return client.post(
-        "/sentry/webhook", data=body, headers={key.replace("_", "-"): value for key, value in headers.items()}
+        "/sentry/webhook",
+        data=body,
+        headers={key.replace("_", "-"): value for key, value in headers.items()},
     )
 
 
 def count_rows(app):
     """Return how many errors are stored."""
-    return app.extensions["collector"].database.connection().execute("SELECT count(*) FROM errors").fetchone()[0]
+    return (
+        app.extensions["collector"]
+        .database.connection()
+        .execute("SELECT count(*) FROM errors")
+        .fetchone()[0]
+    )
 
 
 def wait_for(condition, seconds=10):
@@ -129,10 +136,22 @@ class Server:
 
     def start(self, *arguments, wait=True):
         """Start gunicorn in self.folder, where no .env of a developer's is; its output goes to self.log."""
-        command = [sys.executable, "-m", "gunicorn", "--config", str(ROOT / "gunicorn.conf.py"), *arguments]
+        command = [
+            sys.executable,
+            "-m",
+            "gunicorn",
+            "--config",
+            str(ROOT / "gunicorn.conf.py"),
+            *arguments,
+        ]
         with self.log.open("ab") as log:
             self.process = subprocess.Popen(
-                command, cwd=self.folder, env=self.env, stdout=log, stderr=log, start_new_session=True
+                command,
+                cwd=self.folder,
+                env=self.env,
+                stdout=log,
+                stderr=log,
+                start_new_session=True,
             )
         if wait:
             wait_for(self.is_up, 20)

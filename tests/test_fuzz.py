@@ -13,7 +13,9 @@ from test_reading import DETAIL_KEYS, SUMMARY_KEYS, read_text
 from collector import create_app
 
 if not os.environ.get("CI"):  # there it must not be missing
-    pytest.importorskip("hypothesis", reason="fuzzing needs hypothesis, as CI has it: pip install hypothesis")
+    pytest.importorskip(
+        "hypothesis", reason="fuzzing needs hypothesis, as CI has it: pip install hypothesis"
+    )
 from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 
@@ -22,7 +24,11 @@ HURRIED = {
     "deadline": None,
     "database": None,
     "print_blob": True,
-    "suppress_health_check": [HealthCheck.too_slow, HealthCheck.data_too_large, HealthCheck.function_scoped_fixture],
+    "suppress_health_check": [
+        HealthCheck.too_slow,
+        HealthCheck.data_too_large,
+        HealthCheck.function_scoped_fixture,
+    ],
 }
 HOSTILE = [
     "error: 99\nurl: http://evil.example.com",
@@ -39,15 +45,22 @@ HOSTILE = [
     "2026-01-01T00:00:00Z",
 ]
 TEXT = st.text(st.characters(exclude_categories=()), max_size=40) | st.sampled_from(HOSTILE)
-NUMBERS = st.integers() | st.integers(-(2**80), 2**80) | st.floats(allow_nan=False, allow_infinity=False)
+NUMBERS = (
+    st.integers() | st.integers(-(2**80), 2**80) | st.floats(allow_nan=False, allow_infinity=False)
+)
 KEYS = "type value values frames key data id name slug level message function filename lineno in_app url".split()
 JSON = st.recursive(
     st.none() | st.booleans() | NUMBERS | TEXT,
-    lambda inner: st.lists(inner, max_size=4) | st.dictionaries(st.sampled_from(KEYS) | TEXT, inner, max_size=4),
+    lambda inner: (
+        st.lists(inner, max_size=4)
+        | st.dictionaries(st.sampled_from(KEYS) | TEXT, inner, max_size=4)
+    ),
     max_leaves=12,
 )
 PATHS = {
-    shape: sorted({place[0] for _, other, places in FIELD_TABLE if other == shape for place in places})
+    shape: sorted(
+        {place[0] for _, other, places in FIELD_TABLE if other == shape for place in places}
+    )
     for shape in BASES
 }
 MORE_PATHS = "exception/values threads stacktrace/frames breadcrumbs/values request tags contexts entries".split()
@@ -79,19 +92,31 @@ def check_read_back(client, body, id_):
     assert all(error[key] is None or isinstance(error[key], str) for key in SUMMARY_KEYS[1:])
     assert client.get("/errors/latest").json == error
     assert [row.items() <= error.items() for row in client.get("/errors").json] == [True]
-    assert [json.loads(line) for line in client.get("/errors?format=ndjson").text.splitlines()] == [error]
+    assert [json.loads(line) for line in client.get("/errors?format=ndjson").text.splitlines()] == [
+        error
+    ]
     check_text(client, id_)
-    for path in (f"/errors/{id_}?format=html", "/errors?format=html", "/?format=html", "/", "/config"):
+    for path in (
+        f"/errors/{id_}?format=html",
+        "/errors?format=html",
+        "/?format=html",
+        "/",
+        "/config",
+    ):
         reply = client.get(path)
         assert reply.status_code == 200
         assert b"<script" not in reply.data or reply.mimetype == "application/json"
-    for name, key in {"project": "project_slug", "issue": "issue_id", "issue ": "short_id"}.items() | {
-        (key, key) for key in ("level", "environment", "platform")
-    }:
+    for name, key in {
+        "project": "project_slug",
+        "issue": "issue_id",
+        "issue ": "short_id",
+    }.items() | {(key, key) for key in ("level", "environment", "platform")}:
         value = error[key]
         # A query is cut at its ends, and an issue is first looked for by its short id.
         if value and value == value.strip() and (name != "issue " or error["issue_id"]):
-            assert [row["id"] for row in client.get("/errors", query_string={name.strip(): value}).json] == [id_]
+            assert [
+                row["id"] for row in client.get("/errors", query_string={name.strip(): value}).json
+            ] == [id_]
 
 
 def check_text(client, id_):
@@ -107,7 +132,9 @@ def check_text(client, id_):
 
 def check_delivery(client, body, *statuses):
     """Post bytes; fail unless the status is one of these and an error that is stored can be read back."""
-    reply = client.post("/sentry/webhook", data=body, environ_overrides={"CONTENT_LENGTH": str(len(body))})
+    reply = client.post(
+        "/sentry/webhook", data=body, environ_overrides={"CONTENT_LENGTH": str(len(body))}
+    )
     assert reply.status_code in statuses, reply.data
     if reply.status_code == 201:
         check_read_back(client, body, reply.json["id"])
@@ -121,7 +148,9 @@ def shaped(draw):
     """Draw a delivery of one of the shapes with anything at all in the places where fields are found."""
     shape = draw(st.sampled_from(sorted(BASES)))
     payload = copy.deepcopy(BASES[shape])
-    event = {"error": "data/error", "alert": "data/event", "documented": "data/event"}.get(shape, "event")
+    event = {"error": "data/error", "alert": "data/event", "documented": "data/event"}.get(
+        shape, "event"
+    )
     paths = PATHS[shape] + ([f"{event}/{path}" for path in MORE_PATHS] if shape != "issue" else [])
     for path in draw(st.lists(st.sampled_from(paths), max_size=8)):
         put(payload, path, draw(JSON))
@@ -200,12 +229,32 @@ def test_no_words_of_an_error_pass_for_ours(app, words, more):
 NAMES = "q project level environment platform issue since until limit before after format refresh".split()
 QUERIES = st.dictionaries(st.sampled_from(NAMES) | TEXT, TEXT | st.integers().map(str), max_size=4)
 ROUTES = st.sampled_from(
-    ["/errors", "/errors/latest", "/errors/1", "/errors/1/payload", "/", "/config", "/health", "/nowhere"]
+    [
+        "/errors",
+        "/errors/latest",
+        "/errors/1",
+        "/errors/1/payload",
+        "/",
+        "/config",
+        "/health",
+        "/nowhere",
+    ]
 )
 HEADER_TEXT = st.text(st.characters(max_codepoint=255, exclude_characters="\r\n\0"), max_size=40)
 HEADERS = st.dictionaries(
-    st.sampled_from(["Accept", "Authorization", "If-None-Match", "Cookie", "Range", "If-Modified-Since", "Forwarded"]),
-    HEADER_TEXT | st.sampled_from(["text/html", "text/plain", "Basic x", "Bearer x", 'W/"', "*", "Digest a=b"]),
+    st.sampled_from(
+        [
+            "Accept",
+            "Authorization",
+            "If-None-Match",
+            "Cookie",
+            "Range",
+            "If-Modified-Since",
+            "Forwarded",
+        ]
+    ),
+    HEADER_TEXT
+    | st.sampled_from(["text/html", "text/plain", "Basic x", "Bearer x", 'W/"', "*", "Digest a=b"]),
     max_size=3,
 )
 
@@ -236,7 +285,10 @@ def test_a_search_for_any_words_is_answered_and_finds_what_has_them(app, words):
 
 
 @settings(max_examples=EXAMPLES, **HURRIED)
-@given(signature=HEADER_TEXT | st.text("0123456789abcdef", min_size=60, max_size=68), body=st.binary(max_size=100))
+@given(
+    signature=HEADER_TEXT | st.text("0123456789abcdef", min_size=60, max_size=68),
+    body=st.binary(max_size=100),
+)
 def test_no_made_up_signature_opens_the_door(app, signature, body):
     settings_ = app.extensions["collector"].settings
     client = empty(app)
@@ -244,7 +296,9 @@ def test_no_made_up_signature_opens_the_door(app, signature, body):
     environ = {"CONTENT_LENGTH": str(len(body))}
     settings_["SENTRY_CLIENT_SECRET"] = (SECRET, "another")
     try:
-        reply = client.post("/sentry/webhook", data=body, headers=headers, environ_overrides=environ)
+        reply = client.post(
+            "/sentry/webhook", data=body, headers=headers, environ_overrides=environ
+        )
     finally:
         settings_["SENTRY_CLIENT_SECRET"] = ()
     assert reply.status_code == 401

@@ -31,7 +31,14 @@ class Browser:
     def __init__(self, program, folder):
         ours, theirs = socket.socketpair()
         # Chromium reads at descriptor 3 and writes at 4.
-        command = ["bash", "-c", 'exec "$@" 3<&"$0" 4>&"$0"', str(theirs.fileno()), program, *self.FLAGS]
+        command = [
+            "bash",
+            "-c",
+            'exec "$@" 3<&"$0" 4>&"$0"',
+            str(theirs.fileno()),
+            program,
+            *self.FLAGS,
+        ]
         with open(folder / "chromium.log", "wb") as log:
             self.process = subprocess.Popen(
                 [*command, f"--user-data-dir={folder}/profile", "about:blank"],
@@ -41,7 +48,9 @@ class Browser:
         self.pipe, self.left, self.number = ours, b"", 0
         self.messages, self.events, self.session = deque(), [], None
         target = self.call("Target.createTarget", url="about:blank")["targetId"]
-        self.session = self.call("Target.attachToTarget", targetId=target, flatten=True)["sessionId"]
+        self.session = self.call("Target.attachToTarget", targetId=target, flatten=True)[
+            "sessionId"
+        ]
         for domain in ("Page", "Network", "Log", "Runtime", "Accessibility", "Audits"):
             self.call(f"{domain}.enable")
         self.call("Emulation.setFocusEmulationEnabled", enabled=True)
@@ -120,16 +129,25 @@ class Browser:
 
     def run(self, script):
         """Return the value of an expression in the page."""
-        reply = self.call("Runtime.evaluate", expression=script, returnByValue=True, awaitPromise=True)
+        reply = self.call(
+            "Runtime.evaluate", expression=script, returnByValue=True, awaitPromise=True
+        )
         assert "exceptionDetails" not in reply, reply
         return reply["result"].get("value")
 
     def dress(self, width, scheme):
         """Set the width of the window and the colour scheme that the system prefers."""
         self.call(
-            "Emulation.setDeviceMetricsOverride", width=width, height=900, deviceScaleFactor=1, mobile=width < 500
+            "Emulation.setDeviceMetricsOverride",
+            width=width,
+            height=900,
+            deviceScaleFactor=1,
+            mobile=width < 500,
         )
-        self.call("Emulation.setEmulatedMedia", features=[{"name": "prefers-color-scheme", "value": scheme}])
+        self.call(
+            "Emulation.setEmulatedMedia",
+            features=[{"name": "prefers-color-scheme", "value": scheme}],
+        )
 
     def words(self, selector):
         """Return the text of what a CSS selector finds, as it is shown."""
@@ -138,8 +156,17 @@ class Browser:
     def press(self, key, code):
         """Press and release a key."""
         text = {"text": "\r"} if key == "Enter" else {}
-        self.call("Input.dispatchKeyEvent", type="keyDown", key=key, code=key, windowsVirtualKeyCode=code, **text)
-        self.call("Input.dispatchKeyEvent", type="keyUp", key=key, code=key, windowsVirtualKeyCode=code)
+        self.call(
+            "Input.dispatchKeyEvent",
+            type="keyDown",
+            key=key,
+            code=key,
+            windowsVirtualKeyCode=code,
+            **text,
+        )
+        self.call(
+            "Input.dispatchKeyEvent", type="keyUp", key=key, code=key, windowsVirtualKeyCode=code
+        )
 
     def fetched(self):
         """Return the URLs that were asked for since the last visit began."""
@@ -182,7 +209,10 @@ def program(*names):
 
 @pytest.fixture(scope="module")
 def browser(tmp_path_factory):
-    found = Browser(program("chromium", "chromium-browser", "google-chrome"), tmp_path_factory.mktemp("chromium"))
+    found = Browser(
+        program("chromium", "chromium-browser", "google-chrome"),
+        tmp_path_factory.mktemp("chromium"),
+    )
     found.dress(1280, "light")
     yield found
     found.close()
@@ -260,7 +290,9 @@ def shop(tmp_path_factory):
         for number in range(1, 46):
             level = "warning" if number in (1, 45) else "error"
             server.deliver(
-                issue_event(number, 9, title=f"KeyError: spoon {number}", level=level, environment="kitchen")
+                issue_event(
+                    number, 9, title=f"KeyError: spoon {number}", level=level, environment="kitchen"
+                )
             )
         server.deliver(issue_event(46, 10, title="IndexError: cup", environment="garden"))
         server.deliver(event_payload(event_id(47), title="Low on milk", level="info"))
@@ -319,7 +351,18 @@ INSPECT = """(() => {
   return {faint, wide, unlabelled: unlabelled.map(name), headings: document.querySelectorAll('h1').length};
 })()"""
 LANDMARKS = ["banner", "contentinfo", "main"]
-NAMED = ("button", "combobox", "image", "link", "navigation", "region", "search", "searchbox", "table", "textbox")
+NAMED = (
+    "button",
+    "combobox",
+    "image",
+    "link",
+    "navigation",
+    "region",
+    "search",
+    "searchbox",
+    "table",
+    "textbox",
+)
 
 
 def inspect(browser, url, width, scheme):
@@ -332,14 +375,20 @@ def inspect(browser, url, width, scheme):
 def read_aloud(browser):
     """Return what a screen reader is told of: roles and names."""
     nodes = browser.call("Accessibility.getFullAXTree")["nodes"]
-    return [(node["role"]["value"], node.get("name", {}).get("value")) for node in nodes if not node["ignored"]]
+    return [
+        (node["role"]["value"], node.get("name", {}).get("value"))
+        for node in nodes
+        if not node["ignored"]
+    ]
 
 
 def describe(browser):
     """Return what can be said of the page as it is."""
     report, nodes = browser.run(INSPECT), read_aloud(browser)
     return report | {
-        "nameless": [role for role, name in nodes if role in NAMED and role != "search" and not name],
+        "nameless": [
+            role for role, name in nodes if role in NAMED and role != "search" and not name
+        ],
         "landmarks": sorted(role for role, _ in nodes if role in LANDMARKS),
         "has navigation": ("navigation", "Main") in nodes,
         "complaints": browser.complaints(),
@@ -358,17 +407,27 @@ def sound(url):
 @pytest.mark.parametrize(("width", "scheme"), WINDOWS)
 @pytest.mark.parametrize(
     "path",
-    ["/", "/errors", "/errors?level=error&q=spoon&environment=kitchen&since=7d", "/errors?q=nothing", "/errors/latest"]
+    [
+        "/",
+        "/errors",
+        "/errors?level=error&q=spoon&environment=kitchen&since=7d",
+        "/errors?q=nothing",
+        "/errors/latest",
+    ]
     + ["/errors/47", "/errors/999", "/errors?limit=many"],
 )
-def test_a_page_is_sound_at_each_width_and_in_each_colour_scheme(browser, shop, path, width, scheme):
+def test_a_page_is_sound_at_each_width_and_in_each_colour_scheme(
+    browser, shop, path, width, scheme
+):
     assert inspect(browser, root(shop) + path, width, scheme) == sound(root(shop) + path)
 
 
 def test_the_empty_list_is_sound_and_leads_on(browser, closed):
     browser.call("Network.setExtraHTTPHeaders", headers={"Authorization": "Bearer open sesame"})
     try:
-        assert inspect(browser, f"{root(closed)}/errors", 380, "dark") == sound(f"{root(closed)}/errors")
+        assert inspect(browser, f"{root(closed)}/errors", 380, "dark") == sound(
+            f"{root(closed)}/errors"
+        )
         browser.follow("main a[href='/']")
         assert browser.run("document.querySelector('#first').textContent") == "Get your first error"
     finally:
@@ -412,9 +471,7 @@ def test_every_stop_of_the_tab_key_is_marked(browser, shop):
     browser.visit(f"{root(shop)}/errors/48")
     browser.run("document.querySelectorAll('details').forEach(each => each.open = true)")
     outline = "(() => { const style = getComputedStyle(document.activeElement);"
-    outline += (
-        " return [document.activeElement.tagName, parseFloat(style.outlineWidth) >= 2 && style.outlineStyle]; })()"
-    )
+    outline += " return [document.activeElement.tagName, parseFloat(style.outlineWidth) >= 2 && style.outlineStyle]; })()"
     stops = []
     while not stops or stops[-1][0] != "BODY":
         browser.press("Tab", 9)
@@ -435,7 +492,9 @@ def test_the_pages_work_without_javascript(browser, shop):
         browser.events.clear()
         browser.press("Enter", 13)
         browser.wait("Page.loadEventFired")
-        assert browser.run("[...document.querySelectorAll('td a')].map(each => each.textContent)") == ["Low on milk"]
+        assert browser.run(
+            "[...document.querySelectorAll('td a')].map(each => each.textContent)"
+        ) == ["Low on milk"]
         for key, code in [("Tab", 9)] * 9 + [("Enter", 13)]:
             browser.press(key, code)
         assert browser.run("document.querySelector('.filters').open")
@@ -495,10 +554,15 @@ def test_the_stack_trace_opens_what_matters(browser, shop):
         {
             "heading": "caused by OSError",
             "value": "no power",
-            "runs": [["1 library frame", False, 1, "5"], ["lib/wire.py, line 7, in flow crashed here", True, 0, "7"]],
+            "runs": [
+                ["1 library frame", False, 1, "5"],
+                ["lib/wire.py, line 7, in flow crashed here", True, 0, "7"],
+            ],
         },
     ]
-    lines = browser.run("""[...document.querySelectorAll('details[open] > .source')].at(1).innerText""")
+    lines = browser.run(
+        """[...document.querySelectorAll('details[open] > .source')].at(1).innerText"""
+    )
     assert re.findall(r"\d+", lines) == ["54", "55", "56", "57", "58", "59"]
     mark = "getComputedStyle(document.querySelector('details[open] > .source .line{}')).backgroundColor"
     assert browser.run(mark.format(".hot")) != browser.run(mark.format(":not(.hot)"))
@@ -517,7 +581,9 @@ def test_an_error_leads_to_its_neighbours_its_issue_and_its_other_forms(browser,
     assert not links(browser, "#siblings")
     browser.follow(".turn a[rel=next]")
     assert browser.words("h1") == "KeyError: spoon 45"
-    assert links(browser, ".errors a") == [f"/errors/{number}" for number in (48, *range(44, 35, -1))]
+    assert links(browser, ".errors a") == [
+        f"/errors/{number}" for number in (48, *range(44, 35, -1))
+    ]
     browser.follow("section[aria-labelledby=siblings] > p a")
     assert browser.words("figcaption").startswith("46 errors that match")
     browser.visit(f"{root(shop)}/errors/latest")
@@ -538,7 +604,9 @@ def test_the_pages_of_a_list_keep_its_filters(browser, shop):
     while True:
         seen += links(browser, ".errors a")
         assert set(
-            browser.run("[...document.querySelectorAll('.errors td:nth-child(2)')].map(each => each.innerText)")
+            browser.run(
+                "[...document.querySelectorAll('.errors td:nth-child(2)')].map(each => each.innerText)"
+            )
         ) == {"error"}
         chips = [item.split() for item in browser.words(".chips").split("\n")]
         assert [chip[:2] for chip in chips] == [
@@ -573,8 +641,13 @@ def test_the_empty_start_leads_to_the_first_error(browser, make_server, secret, 
         program(tool)
     server = make_server(SENTRY_CLIENT_SECRET=secret)
     browser.visit(f"{root(server)}/")
-    command, env = browser.words(".command"), {"PATH": os.environ["PATH"], "SENTRY_CLIENT_SECRET": secret}
-    reply = subprocess.run(["sh", "-c", command], env=env, capture_output=True, check=True, timeout=20)
+    command, env = (
+        browser.words(".command"),
+        {"PATH": os.environ["PATH"], "SENTRY_CLIENT_SECRET": secret},
+    )
+    reply = subprocess.run(
+        ["sh", "-c", command], env=env, capture_output=True, check=True, timeout=20
+    )
     assert json.loads(reply.stdout) == {"status": "stored", "id": 1, "url": "/errors/1"}
     browser.follow("#first ~ p a")
     assert browser.words("h1") == "My first error"
@@ -600,14 +673,12 @@ def test_a_page_refreshes_only_if_asked_and_keeps_its_place(browser, shop):
     wait_for(lambda: browser.run("scrollY") == 700, 2)
 
 
-# ----------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # Hostile text
-# ----------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 
 ELSEWHERE = "http://127.0.0.1:9"
-UNSEEN = (
-    "\0\x07\x1b[31m\x7f\x9b\u061c\u200b\u200e\u200f\u2028\u2029\u202a\u202b\u202c\u202d\u202e\u2066\u2067\u2069\ufeff"
-)
+UNSEEN = "\0\x07\x1b[31m\x7f\x9b\u061c\u200b\u200e\u200f\u2028\u2029\u202a\u202b\u202c\u202d\u202e\u2066\u2067\u2069\ufeff"
 ATTACKS = [
     "<script>window.ran=1;alert(1)</script>",
     "javascript:window.ran=1;alert(1)",
@@ -623,7 +694,9 @@ ATTACKS = [
     '" autofocus onfocus=window.ran=1 x="',
     "' autofocus onfocus=window.ran=1 style='position:fixed;inset:0' x='",
     "` onfocus=window.ran=1 javascript:window.ran=1//",
-    "<a href='javascript:window.ran=1' id=main>x</a><form action=" + ELSEWHERE + "><button>x</button></form>",
+    "<a href='javascript:window.ran=1' id=main>x</a><form action="
+    + ELSEWHERE
+    + "><button>x</button></form>",
     "--><!--]]><![CDATA[",
     "&lt;script&gt;&#60;img src=x onerror=window.ran=1&#62;&quot;&apos;",
     "{{1234567*7}}{% debug %}{{ config }}${1234567*7}#{1234567*7}<%= 1234567*7 %>",
@@ -645,13 +718,30 @@ def spread(value, hostile):
 def hostile_payload(number, hostile):
     """Return a delivery with a text in every field that a page shows."""
     words = dict.fromkeys(
-        "title message culprit level platform logger environment release dist location type".split(), "x"
+        "title message culprit level platform logger environment release dist location type".split(),
+        "x",
     )
-    event = copy.deepcopy(CHAIN) | words | {"metadata": dict.fromkeys(("type", "value", "title", "filename"), "x")}
+    event = (
+        copy.deepcopy(CHAIN)
+        | words
+        | {"metadata": dict.fromkeys(("type", "value", "title", "filename"), "x")}
+    )
     event["exception"]["values"][0]["mechanism"] = {"type": "x", "handled": "x"}
     crumb = dict.fromkeys(("category", "level", "message", "type"), "x")
-    event["breadcrumbs"]["values"] = [crumb | {"data": "x"}, crumb | {"data": {"a": {"b": ["x"]}}}, {"data": ["x"]}]
-    issue = {"title": "x", "culprit": "x", "level": "x", "status": "x", "shortId": "x", "permalink": "x", "project": {}}
+    event["breadcrumbs"]["values"] = [
+        crumb | {"data": "x"},
+        crumb | {"data": {"a": {"b": ["x"]}}},
+        {"data": ["x"]},
+    ]
+    issue = {
+        "title": "x",
+        "culprit": "x",
+        "level": "x",
+        "status": "x",
+        "shortId": "x",
+        "permalink": "x",
+        "project": {},
+    }
     issue["project"] = {"id": "x", "slug": "x", "name": "x", "platform": "x"}
     payload = {
         "action": "created",
@@ -731,7 +821,13 @@ def disarmed(browser, url):
 def harmless(url):
     """Return what is left of a page in which nothing has become more than text."""
     nothing = {key: set() for key in ("tags", "attributes", "schemes", "unseen", "forms")}
-    return nothing | {"computed": False, "ran": None, "styles": 1, "complaints": [], "fetched": [url]}
+    return nothing | {
+        "computed": False,
+        "ran": None,
+        "styles": 1,
+        "complaints": [],
+        "fetched": [url],
+    }
 
 
 @pytest.fixture
@@ -751,7 +847,13 @@ def test_hostile_text_in_every_field_stays_text(browser, hostile, number):
 
 @pytest.mark.usefixtures("without_policy")
 @pytest.mark.parametrize(
-    "path", ["/errors?q={0}&project={1}&environment={2}", "/errors?since={0}", "/errors?{0}={1}&x={2}", "/{0}/{1}/{2}"]
+    "path",
+    [
+        "/errors?q={0}&project={1}&environment={2}",
+        "/errors?since={0}",
+        "/errors?{0}={1}&x={2}",
+        "/{0}/{1}/{2}",
+    ],
 )
 def test_hostile_requests_get_harmless_pages(browser, hostile, path):
     attacks = [quote(attack.replace("\0", ""), safe="") for attack in [*ATTACKS, "x"]]
@@ -773,18 +875,29 @@ def test_the_policy_lets_nothing_run_or_load(browser, hostile):
     browser.visit(url)
     browser.run("""document.body.insertAdjacentHTML('beforeend', `<img src=/a><iframe src=/b></iframe><object data=/c>
       </object><link rel=stylesheet href=/d><b style='color: red' onclick='window.ran=1' id=last>x</b>`)""")
-    browser.run("document.body.append(Object.assign(document.createElement('script'), {src: '/e'}))")
-    browser.run("document.body.append(Object.assign(document.createElement('script'), {text: 'window.ran=1'}))")
+    browser.run(
+        "document.body.append(Object.assign(document.createElement('script'), {src: '/e'}))"
+    )
+    browser.run(
+        "document.body.append(Object.assign(document.createElement('script'), {text: 'window.ran=1'}))"
+    )
     browser.run("document.querySelector('#last').click()")
     assert browser.run("fetch('/f').then(() => 'sent', () => 'held back')") == "held back"
-    assert browser.run("[window.ran ?? null, document.querySelector('#last').style.color]") == [None, ""]
+    assert browser.run("[window.ran ?? null, document.querySelector('#last').style.color]") == [
+        None,
+        "",
+    ]
     answered = [event["response"]["url"] for event in browser.seen("Network.responseReceived")]
-    assert [each for each in answered if not each.startswith("data:")] == [url]  # Chromium's own pictures for a frame
+    assert [each for each in answered if not each.startswith("data:")] == [
+        url
+    ]  # Chromium's own pictures for a frame
 
 
 def test_what_reorders_or_hides_text_is_shown_instead(browser, hostile):
     browser.visit(f"{root(hostile)}/errors/{ATTACKS.index(UNSEEN) + 1}")
-    shown = "".join("\ufffd" if sign == "\0" else f"U+{ord(sign):04X}" for sign in UNSEEN.replace("[31m", ""))
+    shown = "".join(
+        "\ufffd" if sign == "\0" else f"U+{ord(sign):04X}" for sign in UNSEEN.replace("[31m", "")
+    )
     assert browser.words("h1").replace("[31m", "") == shown
     assert browser.run("document.title").startswith("\ufffdU+0007U+001B[31mU+007F")
 
@@ -810,7 +923,10 @@ def test_any_project_and_environment_can_be_filtered_by(browser, make_server):
     payload["data"]["issue"] = {"project": {"slug": QUOTES}}
     server.deliver(payload)
     server.deliver(event_payload(event_id(2), environment="other"))
-    for link, left in ((".meta a[href*=project]", {}), (".meta a[href*=environment]", {"environment": QUOTES})):
+    for link, left in (
+        (".meta a[href*=project]", {}),
+        (".meta a[href*=environment]", {"environment": QUOTES}),
+    ):
         browser.visit(f"{root(server)}/errors/1")
         assert browser.words(link) == QUOTES
         for step in (link, ".counts a"):
@@ -850,7 +966,9 @@ def test_huge_values_are_cut_with_a_way_to_the_rest(browser, make_server):
         "Cut here; the payload has all",
     ):
         assert part in words
-    shown = browser.run("[...document.querySelectorAll('.crash .number')].map(each => +each.lastChild.data)")
+    shown = browser.run(
+        "[...document.querySelectorAll('.crash .number')].map(each => +each.lastChild.data)"
+    )
     assert shown == list(range(2993, 3006))
     assert "/errors/1/payload" in links(browser, "main a")
     assert server.request("GET", "/errors/1/payload")[2] == body

@@ -264,9 +264,9 @@ def test_anything_else_is_no_error(payload):
     assert find_error(payload) is None
 
 
-# ----------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # The field table: a column, the shape, and where its value is found, the best place first
-# ----------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 
 BASES = {
     "error": {"action": "created", "data": {"error": {}}},
@@ -321,26 +321,48 @@ FIELD_TABLE = [
     (
         "exception_type",
         "legacy",
-        [("event/sentry.interfaces.Exception/values", values(type="A"), "A"), ("event/metadata/type", "B")],
+        [
+            ("event/sentry.interfaces.Exception/values", values(type="A"), "A"),
+            ("event/metadata/type", "B"),
+        ],
     ),
     (
         "exception_type",
         "hook",
         [
-            ("event/entries", [None, {"type": "exception", "data": {"values": values(type="A")}}], "A"),
+            (
+                "event/entries",
+                [None, {"type": "exception", "data": {"values": values(type="A")}}],
+                "A",
+            ),
             ("event/metadata/type", "B"),
         ],
     ),
     (
         "exception_value",
         "error",
-        [("data/error/exception/values", values(value="A"), "A"), ("data/error/metadata/value", "B")],
+        [
+            ("data/error/exception/values", values(value="A"), "A"),
+            ("data/error/metadata/value", "B"),
+        ],
     ),
     ("exception_value", "issue", [("data/issue/metadata/value", "B")]),
     ("exception_value", "hook", [("event/metadata/value", "B")]),
-    ("title", "documented", [("data/event/title", "A"), ("data/issue/title", "B"), ("data/event/metadata/title", "C")]),
-    ("title", "error", [("data/error/title", "A"), ("data/error/metadata", {"type": "T", "value": "V"}, "T: V")]),
-    ("title", "issue", [("data/issue/title", "A"), ("data/issue/metadata", {"type": "T", "value": "V"}, "T: V")]),
+    (
+        "title",
+        "documented",
+        [("data/event/title", "A"), ("data/issue/title", "B"), ("data/event/metadata/title", "C")],
+    ),
+    (
+        "title",
+        "error",
+        [("data/error/title", "A"), ("data/error/metadata", {"type": "T", "value": "V"}, "T: V")],
+    ),
+    (
+        "title",
+        "issue",
+        [("data/issue/title", "A"), ("data/issue/metadata", {"type": "T", "value": "V"}, "T: V")],
+    ),
     ("title", "issue", [("data/issue/metadata", {"title": "A", "type": "T", "value": "V"}, "A")]),
     ("title", "legacy", [("event/title", "A"), ("event/metadata/title", "B"), ("message", "C")]),
     ("title", "hook", [("event/title", "A"), ("group/title", "B"), ("event/metadata/title", "C")]),
@@ -357,8 +379,20 @@ FIELD_TABLE = [
         ],
     ),
     ("message", "error", [("data/error/metadata/title", "F"), ("data/error/title", "G")]),
-    ("message", "legacy", [("event/message", "A"), ("message", "B"), ("event/sentry.interfaces.Message/message", "C")]),
-    ("message", "hook", [("event/message", "A"), ("event/metadata/value", "B"), ("event/title", "C")]),
+    (
+        "message",
+        "legacy",
+        [
+            ("event/message", "A"),
+            ("message", "B"),
+            ("event/sentry.interfaces.Message/message", "C"),
+        ],
+    ),
+    (
+        "message",
+        "hook",
+        [("event/message", "A"), ("event/metadata/value", "B"), ("event/title", "C")],
+    ),
     ("message", "issue", [("data/issue/metadata/value", "A"), ("data/issue/title", "B")]),
     ("culprit", "documented", [("data/event/culprit", "A"), ("data/issue/culprit", "B")]),
     ("culprit", "issue", [("data/issue/culprit", "A")]),
@@ -367,10 +401,18 @@ FIELD_TABLE = [
     (
         "level",
         "documented",
-        [("data/event/level", "fatal"), ("data/event/tags/level", "info"), ("data/issue/level", "error")],
+        [
+            ("data/event/level", "fatal"),
+            ("data/event/tags/level", "info"),
+            ("data/issue/level", "error"),
+        ],
     ),
     ("level", "issue", [("data/issue/level", "debug")]),
-    ("level", "legacy", [("event/level", "fatal"), ("level", "error"), ("event/tags/level", "info")]),
+    (
+        "level",
+        "legacy",
+        [("event/level", "fatal"), ("level", "error"), ("event/tags/level", "info")],
+    ),
     ("level", "hook", [("event/tags/level", "info"), ("group/level", "error")]),
     ("status", "issue", [("data/issue/status", "unresolved")]),
     ("status", "hook", [("group/status", "unresolved")]),
@@ -380,7 +422,11 @@ FIELD_TABLE = [
     ("logger", "error", [("data/error/logger", "a"), ("data/error/tags/logger", "b")]),
     ("logger", "issue", [("data/issue/logger", "a")]),
     ("logger", "legacy", [("event/logger", "a"), ("logger", "b"), ("event/tags/logger", "c")]),
-    ("project_id", "documented", [("data/event/project", 2**53, str(2**53)), ("data/project/id", 7, "7")]),
+    (
+        "project_id",
+        "documented",
+        [("data/event/project", 2**53, str(2**53)), ("data/project/id", 7, "7")],
+    ),
     ("project_id", "issue", [("data/issue/project/id", "4507000000000001")]),
     ("project_id", "hook", [("event/projectID", "12")]),
     ("project_id", "legacy", [("event/project", 12, "12")]),
@@ -408,14 +454,26 @@ FIELD_TABLE = [
             ("data/issue/permalink", "https://c"),
         ],
     ),
-    ("permalink", "issue", [("data/issue/web_url", "https://a"), ("data/issue/permalink", "https://b")]),
+    (
+        "permalink",
+        "issue",
+        [("data/issue/web_url", "https://a"), ("data/issue/permalink", "https://b")],
+    ),
     ("permalink", "legacy", [("event/web_url", "https://a"), ("url", "https://b")]),
     ("permalink", "hook", [("event/url", "https://a"), ("group/permalink", "https://b")]),
-    ("environment", "error", [("data/error/environment", "a"), ("data/error/tags/environment", "b")]),
+    (
+        "environment",
+        "error",
+        [("data/error/environment", "a"), ("data/error/tags/environment", "b")],
+    ),
     (
         "release",
         "error",
-        [("data/error/release", "a"), ("data/error/tags/release", "b"), ("data/error/tags/sentry:release", "c")],
+        [
+            ("data/error/release", "a"),
+            ("data/error/tags/release", "b"),
+            ("data/error/tags/sentry:release", "c"),
+        ],
     ),
     ("release", "hook", [("event/release/version", "a"), ("event/tags/release", "b")]),
     (
@@ -444,7 +502,9 @@ FIELD_TABLE = [
     ("rule", "legacy", [("triggering_rules", ["First", "Second"], "First")]),
 ]
 PLACES = [
-    pytest.param(column, shape, places, index, id=f"{column}-{shape}-{places[index][0].split('/')[-1]}")
+    pytest.param(
+        column, shape, places, index, id=f"{column}-{shape}-{places[index][0].split('/')[-1]}"
+    )
     for column, shape, places in FIELD_TABLE
     for index in range(len(places))
 ]
@@ -491,7 +551,10 @@ def test_a_field_is_null_if_nothing_is_there(column, shape, places, index):
             payload = copy.deepcopy(BASES[shape])
             put(payload, "/".join(path.split("/")[:length]), nothing)
             row = parse_error(payload, None, RECEIVED)
-            assert row is None or row[column] == EMPTY[column] or "/tags/" in path, (nothing, length)
+            assert row is None or row[column] == EMPTY[column] or "/tags/" in path, (
+                nothing,
+                length,
+            )
 
 
 @pytest.mark.parametrize(
@@ -546,7 +609,10 @@ def test_an_id_is_text_whether_sent_as_text_or_number(value, expected):
         ("x", {}),
         ([], {}),
         ([["a", "1"], ["b", None]], {"a": "1", "b": None}),
-        ([["a", 1], ["b", True], ["c", [2]], ["d", 2**70]], {"a": "1", "b": "true", "c": "[2]", "d": "null"}),
+        (
+            [["a", 1], ["b", True], ["c", [2]], ["d", 2**70]],
+            {"a": "1", "b": "true", "c": "[2]", "d": "null"},
+        ),
         ([{"key": "a", "value": "1"}, {"key": "b"}, {"value": "2"}], {"a": "1", "b": None}),
         ({"a": "1", "b": {"c": 2}}, {"a": "1", "b": '{"c": 2}'}),
         ([["a"], ["a", "b", "c"], [1, "x"], "ab", None, 5, [None, None]], {}),
@@ -571,9 +637,27 @@ def trace(*functions):
 
 ONE, TWO, THREE, FOUR, FIVE = (trace(f"main {number}", f"crash {number}") for number in range(1, 6))
 FRAME_PLACES = [
-    ({"exception": {"values": [{"stacktrace": ONE}, {"stacktrace": TWO}]}, "threads": {"values": []}}, TWO),
-    ({"exception": {"values": [{"stacktrace": ONE}, {"stacktrace": None}, None]}, "stacktrace": TWO}, ONE),
-    ({"exception": {"values": [{"stacktrace": ONE}, {"stacktrace": {"frames": []}}]}, "stacktrace": TWO}, ONE),
+    (
+        {
+            "exception": {"values": [{"stacktrace": ONE}, {"stacktrace": TWO}]},
+            "threads": {"values": []},
+        },
+        TWO,
+    ),
+    (
+        {
+            "exception": {"values": [{"stacktrace": ONE}, {"stacktrace": None}, None]},
+            "stacktrace": TWO,
+        },
+        ONE,
+    ),
+    (
+        {
+            "exception": {"values": [{"stacktrace": ONE}, {"stacktrace": {"frames": []}}]},
+            "stacktrace": TWO,
+        },
+        ONE,
+    ),
     ({"exception": {"values": [{"stacktrace": ONE}, {"stacktrace": {"frames": [None]}}]}}, ONE),
     ({"exception": [{"stacktrace": ONE}], "stacktrace": TWO}, ONE),
     (
@@ -584,18 +668,32 @@ FRAME_PLACES = [
         TWO,
     ),
     (
-        {"threads": {"values": [{"stacktrace": ONE}, None, {"current": True, "stacktrace": TWO}]}, "stacktrace": THREE},
+        {
+            "threads": {
+                "values": [{"stacktrace": ONE}, None, {"current": True, "stacktrace": TWO}]
+            },
+            "stacktrace": THREE,
+        },
         TWO,
     ),
     (
-        {"threads": [{"current": True, "stacktrace": ONE}, {"crashed": True, "stacktrace": TWO}], "stacktrace": THREE},
+        {
+            "threads": [{"current": True, "stacktrace": ONE}, {"crashed": True, "stacktrace": TWO}],
+            "stacktrace": THREE,
+        },
         TWO,
     ),
     ({"threads": {"values": [{"stacktrace": ONE}]}, "stacktrace": TWO}, ONE),
     ({"threads": {"values": [{"crashed": True, "stacktrace": None}, {"stacktrace": ONE}]}}, ONE),
     ({"exception": None, "threads": None, "stacktrace": ONE}, ONE),
     ({"sentry.interfaces.Stacktrace": ONE}, ONE),
-    ({"sentry.interfaces.Exception": {"values": [{"stacktrace": ONE}]}, "sentry.interfaces.Stacktrace": TWO}, ONE),
+    (
+        {
+            "sentry.interfaces.Exception": {"values": [{"stacktrace": ONE}]},
+            "sentry.interfaces.Stacktrace": TWO,
+        },
+        ONE,
+    ),
     ({"exceptions": [{"stacktrace": ONE}], "stacktrace": TWO}, ONE),
     ({"entries": [{"type": "exception", "data": {"values": [{"stacktrace": ONE}]}}]}, ONE),
     ({"entries": [{"type": "stacktrace", "data": ONE}]}, ONE),
@@ -635,7 +733,8 @@ def test_a_frame_has_every_key_in_either_spelling():
 def test_the_detail_of_a_python_error_is_whole():
     found = parse_detail(load("error.created.python"))
     assert [
-        (item["type"], item["value"], item["module"], item["mechanism"]["type"]) for item in found["exceptions"]
+        (item["type"], item["value"], item["module"], item["mechanism"]["type"])
+        for item in found["exceptions"]
     ] == [
         ("KeyError", "'price'", None, "chained"),
         ("CheckoutError", "cannot price basket 4711", "shop.errors", "flask"),
@@ -671,7 +770,13 @@ def test_the_detail_of_a_python_error_is_whole():
 @pytest.mark.parametrize(
     ("name", "functions", "exceptions", "request_", "crumbs"),
     [
-        ("error.created.java", ["main", "invoke", "boil"], ["IOException", "KettleException"], None, []),
+        (
+            "error.created.java",
+            ["main", "invoke", "boil"],
+            ["IOException", "KettleException"],
+            None,
+            [],
+        ),
         ("error.created.native", ["start_thread", "<unknown>", "pour"], ["SIGSEGV"], None, []),
         (
             "event_alert.triggered.javascript",
@@ -706,7 +811,9 @@ def test_the_detail_of_a_python_error_is_whole():
         ),
     ],
 )
-def test_the_detail_of_a_sample_comes_from_where_its_form_keeps_it(name, functions, exceptions, request_, crumbs):
+def test_the_detail_of_a_sample_comes_from_where_its_form_keeps_it(
+    name, functions, exceptions, request_, crumbs
+):
     found = parse_detail(load(name))
     assert [item["function"] for item in found["stacktrace"]] == functions
     assert [item["type"] for item in found["exceptions"]] == exceptions
@@ -735,7 +842,12 @@ def test_an_actor_is_an_object_or_null(actor, expected):
 
 
 def test_a_mechanism_that_cannot_be_sent_on_is_made_one_that_can():
-    deep = {"a": {"b": {"c": {"d": {"e": {"f": {"g": 1}}}}}}, "n": 1e400, "big": 2**70, "\ud800": "\0"}
+    deep = {
+        "a": {"b": {"c": {"d": {"e": {"f": {"g": 1}}}}}},
+        "n": 1e400,
+        "big": 2**70,
+        "\ud800": "\0",
+    }
     event = {"exception": {"values": [{"mechanism": deep}]}}
     mechanism = parse_detail({"event": event})["exceptions"][0]["mechanism"]
     assert mechanism["n"] is mechanism["big"] is None
@@ -749,9 +861,9 @@ def test_text_in_a_column_is_cut_and_says_so():
     assert row["culprit"] == "y" * 8192
 
 
-# ----------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # Wrong types at every position of every sample
-# ----------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 
 JUNK = [
     None,
@@ -774,7 +886,13 @@ JUNK = [
 
 def positions(value, path=()):
     """Yield the path of every position in a JSON value."""
-    items = value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else ()
+    items = (
+        value.items()
+        if isinstance(value, dict)
+        else enumerate(value)
+        if isinstance(value, list)
+        else ()
+    )
     for key, item in items:
         yield (*path, key)
         yield from positions(item, (*path, key))
@@ -782,7 +900,9 @@ def positions(value, path=()):
 
 def check_storable(row, detail):
     """Fail unless a row fits its columns and a detail can be sent as JSON in UTF-8."""
-    assert all(value is None or (isinstance(value, str) and "\0" not in value) for value in row.values())
+    assert all(
+        value is None or (isinstance(value, str) and "\0" not in value) for value in row.values()
+    )
     "".join(filter(None, row.values())).encode()
     sent = json.dumps(detail, ensure_ascii=False, allow_nan=False)
     assert "\\u0000" not in sent
@@ -806,9 +926,9 @@ def test_any_junk_at_any_position_is_survived(name):
     assert payload == load(name)
 
 
-# ----------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # Bytes that are no delivery
-# ----------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 
 BAD_BODIES = [
     (b"", "not JSON", "The body is not JSON"),
@@ -826,16 +946,28 @@ BAD_BODIES = [
     (b"{}", "no delivery", "neither an 'action' nor a legacy 'event'"),
     (b'{"action": ""}', "no delivery", "neither an 'action' nor a legacy 'event'"),
     (b'{"action": 5, "event": []}', "no delivery", "neither an 'action' nor a legacy 'event'"),
-    (b'{"action": ["created"], "data": {"error": {}}}', "no delivery", "neither an 'action' nor a legacy 'event'"),
+    (
+        b'{"action": ["created"], "data": {"error": {}}}',
+        "no delivery",
+        "neither an 'action' nor a legacy 'event'",
+    ),
     (b"\xff\xfe{}", "not UTF-8", "send JSON text encoded as UTF-8"),
-    ('{"action": "created", "data": "é"}'.encode("latin-1"), "not UTF-8", "send JSON text encoded as UTF-8"),
+    (
+        '{"action": "created", "data": "é"}'.encode("latin-1"),
+        "not UTF-8",
+        "send JSON text encoded as UTF-8",
+    ),
     (b'{"action": "\xed\xa0\x80"}', "not UTF-8", "send JSON text encoded as UTF-8"),
     ('{"action": "created"}'.encode("utf-16"), "not UTF-8", "send JSON text encoded as UTF-8"),
     ('{"action": "created"}'.encode("utf-16-le"), "not JSON", "The body is not JSON"),
     ('{"action": "created"}'.encode("utf-32-be"), "not JSON", "The body is not JSON"),
     (b"[" * 100_000, "not JSON", "nested too deeply"),
     (b'{"action":' * 100_000, "not JSON", "nested too deeply"),
-    (b'{"action":"created","data":' + b"[" * 100_000 + b"]" * 100_000 + b"}", "not JSON", "nested too deeply"),
+    (
+        b'{"action":"created","data":' + b"[" * 100_000 + b"]" * 100_000 + b"}",
+        "not JSON",
+        "nested too deeply",
+    ),
 ]
 
 
@@ -850,4 +982,6 @@ def test_bytes_that_are_no_delivery_are_refused(body, reason, words):
 @pytest.mark.parametrize("name", SAMPLES + NO_ERRORS)
 def test_the_bytes_of_a_sample_are_a_delivery(name):
     assert parse_body(wire(load(name))) == load(name)
-    assert parse_body((json.dumps(load(name), ensure_ascii=False, indent=1) + "\n").encode()) == load(name)
+    assert parse_body(
+        (json.dumps(load(name), ensure_ascii=False, indent=1) + "\n").encode()
+    ) == load(name)

@@ -44,9 +44,9 @@ def execute(app, sql, *values):
         connection.execute(sql, values)
 
 
-# ----------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # One error
-# ----------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 
 
 def test_an_error_in_full_has_every_key_even_of_an_empty_event(client):
@@ -64,11 +64,16 @@ def test_an_error_in_full_has_the_shapes_it_should(client):
     post(client, load("error.created.python"), Sentry_Hook_Resource="error")
     error = client.get("/errors/1").json
     assert list(error) == DETAIL_KEYS
-    assert [list(exception) for exception in error["exceptions"]] == [["type", "value", "module", "mechanism"]] * 2
+    assert [list(exception) for exception in error["exceptions"]] == [
+        ["type", "value", "module", "mechanism"]
+    ] * 2
     assert [exception["type"] for exception in error["exceptions"]] == ["KeyError", "CheckoutError"]
     assert [list(frame) for frame in error["stacktrace"]] == [FRAME_KEYS] * 4
     assert error["stacktrace"][-1]["context_line"].strip().startswith("raise CheckoutError")
-    assert (error["exception_type"], error["exception_value"]) == ("CheckoutError", "cannot price basket 4711")
+    assert (error["exception_type"], error["exception_value"]) == (
+        "CheckoutError",
+        "cannot price basket 4711",
+    )
     assert error["tags"]["transaction"] == "checkout"
     assert error["actor"] == {"type": "application", "id": "sentry", "name": "Sentry"}
     assert error["request"] == {"method": "POST", "url": "https://shop.example.com/checkout"}
@@ -101,7 +106,10 @@ def test_a_payload_is_sent_as_it_came_and_as_json(client):
         "application/json",
         "nosniff",
     )
-    assert client.get("/errors/1/payload", headers={"Accept": "text/html"}).mimetype == "application/json"
+    assert (
+        client.get("/errors/1/payload", headers={"Accept": "text/html"}).mimetype
+        == "application/json"
+    )
 
 
 def test_replies_in_json_are_ascii_and_end_a_line(client):
@@ -141,12 +149,14 @@ def test_the_form_is_the_one_asked_for(client, accept, form, mimetype):
     for path in ("/errors/1", "/errors/latest", "/errors"):
         reply = client.get(path + query, headers={"Accept": accept} if accept else {})
         assert (reply.status_code, reply.mimetype) == (200, mimetype)
-        assert {"Accept", "Authorization"} <= {word.strip() for word in reply.headers["Vary"].split(",")}
+        assert {"Accept", "Authorization"} <= {
+            word.strip() for word in reply.headers["Vary"].split(",")
+        }
 
 
-# ----------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # One shape of errors
-# ----------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 
 FAULTS = [
     ("GET", "/nowhere", 404, "/"),
@@ -200,12 +210,16 @@ FAULTS = [
 ]
 
 
-@pytest.mark.parametrize(("method", "path", "status", "words"), [(*fault[:3], fault[3:]) for fault in FAULTS])
+@pytest.mark.parametrize(
+    ("method", "path", "status", "words"), [(*fault[:3], fault[3:]) for fault in FAULTS]
+)
 def test_every_failure_has_one_shape_and_says_what_to_do(client, method, path, status, words):
     if "latest?" in path and status == 400:
         post(client, event_payload())
     url, _, query = path.partition("?")
-    reply = client.open(url, method=method, query_string=query, environ_overrides={"CONTENT_LENGTH": "0"})
+    reply = client.open(
+        url, method=method, query_string=query, environ_overrides={"CONTENT_LENGTH": "0"}
+    )
     assert (reply.status_code, reply.mimetype) == (status, "application/json")
     assert list(reply.json) == ["error"]
     for word in words:
@@ -218,7 +232,9 @@ def test_every_failure_has_one_shape_and_says_what_to_do(client, method, path, s
         return
     headers = {"Accept": "text/html"}
     environ = {"CONTENT_LENGTH": "0"}
-    page = client.open(url, method=method, query_string=query, headers=headers, environ_overrides=environ)
+    page = client.open(
+        url, method=method, query_string=query, headers=headers, environ_overrides=environ
+    )
     assert (page.status_code, page.mimetype) == (status, "text/html")
     assert "\x1b" not in page.text
     assert "Content-Security-Policy" in page.headers
@@ -226,7 +242,14 @@ def test_every_failure_has_one_shape_and_says_what_to_do(client, method, path, s
 
 
 def test_a_redirect_is_never_sent(client):
-    for path in ("/errors/", "//errors", "/sentry//webhook", "/errors/latest/", "/sentry/webhook//", "/health/"):
+    for path in (
+        "/errors/",
+        "//errors",
+        "/sentry//webhook",
+        "/errors/latest/",
+        "/sentry/webhook//",
+        "/health/",
+    ):
         for method in ("GET", "POST"):
             status = client.open(method=method, environ_overrides={"PATH_INFO": path}).status_code
             assert status == 200 or status >= 400, path
@@ -248,9 +271,9 @@ def test_a_failure_stays_short_whatever_the_folder_is_called(tmp_path, character
     app.extensions["collector"].database.close()
 
 
-# ----------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # The token
-# ----------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 
 TOKEN = "t0ken/with+signs="
 GUARDED = [
@@ -277,7 +300,9 @@ def guarded(make_app):
 
 
 @pytest.mark.parametrize("path", GUARDED)
-@pytest.mark.parametrize("authorization", [f"Bearer {TOKEN}", f"bearer {TOKEN}", basic(TOKEN), basic(TOKEN, "")])
+@pytest.mark.parametrize(
+    "authorization", [f"Bearer {TOKEN}", f"bearer {TOKEN}", basic(TOKEN), basic(TOKEN, "")]
+)
 def test_who_knows_the_token_reads(guarded, path, authorization):
     assert guarded.get(path, headers={"Authorization": authorization}).status_code == 200
 
@@ -323,13 +348,15 @@ def test_health_and_webhook_need_no_token(guarded):
 
 def test_a_token_of_any_characters_works_as_password(make_app):
     client = make_app(API_TOKEN="schlüssel 🍵").test_client()
-    assert client.get("/errors", headers={"Authorization": basic("schlüssel 🍵")}).status_code == 200
+    assert (
+        client.get("/errors", headers={"Authorization": basic("schlüssel 🍵")}).status_code == 200
+    )
     assert client.get("/errors", headers={"Authorization": basic("schlussel")}).status_code == 401
 
 
-# ----------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # What the service is
-# ----------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 
 
 def test_the_overview_says_what_this_is_and_what_it_holds(client):
@@ -352,14 +379,25 @@ def test_the_overview_says_what_this_is_and_what_it_holds(client):
     assert about["counts"]["errors"] == 3
     assert about["newest"] == client.get("/errors").json[0]
     paths = [path.split()[1] for path in about["endpoints"]]
-    assert {"/sentry/webhook", "/errors/latest", "/errors/<id>", "/errors/<id>/payload", "/errors", "/health"} <= set(
-        paths
-    )
+    assert {
+        "/sentry/webhook",
+        "/errors/latest",
+        "/errors/<id>",
+        "/errors/<id>/payload",
+        "/errors",
+        "/health",
+    } <= set(paths)
 
 
 def test_the_configuration_is_shown_without_secrets(make_app, tmp_path):
     secrets = {"SENTRY_CLIENT_SECRET": f"{SECRET},an0ther", "API_TOKEN": TOKEN}
-    app = make_app(**secrets, SENTRY_ACTIONS="created,triggered", RETENTION_DAYS=30, MAX_BODY_BYTES=12345, PORT=8123)
+    app = make_app(
+        **secrets,
+        SENTRY_ACTIONS="created,triggered",
+        RETENTION_DAYS=30,
+        MAX_BODY_BYTES=12345,
+        PORT=8123,
+    )
     client = app.test_client()
     headers = {"Authorization": f"Bearer {TOKEN}"}
     config = client.get("/config", headers=headers).json
@@ -377,9 +415,9 @@ def test_the_configuration_is_shown_without_secrets(make_app, tmp_path):
         assert not [secret for secret in (SECRET, "an0ther", TOKEN) if secret in text]
 
 
-# ----------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # Filters and search
-# ----------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 
 
 def fill(client):
@@ -397,7 +435,9 @@ def fill(client):
     for number, (slug, *values) in enumerate(events, 1):
         event = dict(zip(keys, values, strict=True)) | {"event_id": str(number)}
         issue = {"project": {"slug": slug}, "shortId": f"TEA-{values[3]}"}
-        post(client, {"action": "created", "data": {"error": event, "issue": issue if slug else {}}})
+        post(
+            client, {"action": "created", "data": {"error": event, "issue": issue if slug else {}}}
+        )
 
 
 @pytest.fixture(scope="module")
@@ -472,9 +512,9 @@ def test_filters_narrow_the_list_and_the_latest(filled, query, expected):
     assert ids(filled.get(f"/errors?{query}")) == expected
     lines = filled.get(f"/errors?{query}&format=ndjson").text.splitlines()
     assert [json.loads(line)["id"] for line in lines] == expected
-    assert re.findall(r"^#(\d+) ", filled.get(f"/errors?{query}&format=text").text, re.MULTILINE) == [
-        *map(str, expected)
-    ]
+    assert re.findall(
+        r"^#(\d+) ", filled.get(f"/errors?{query}&format=text").text, re.MULTILINE
+    ) == [*map(str, expected)]
     if not re.search("before|after|limit", query):
         latest = filled.get(f"/errors/latest?{query}")
         assert latest.json["id"] == expected[0] if expected else latest.status_code == 404
@@ -494,7 +534,9 @@ def test_any_text_is_a_safe_query(filled, text):
             reply = filled.get("/errors", query_string={name: text, "format": form})
             assert reply.status_code == 200
         assert filled.get("/errors/latest", query_string={name: text}).status_code in (200, 404)
-    assert "error" not in str(filled.get("/errors", query_string={"q": "\ue000level6572726f72"}).json)
+    assert "error" not in str(
+        filled.get("/errors", query_string={"q": "\ue000level6572726f72"}).json
+    )
 
 
 def times_ago(*hours):
@@ -543,13 +585,20 @@ def test_the_history_of_an_issue_holds_its_events_by_its_short_id(client):
     post(client, load("issue.created"))
     post(client, load("error.created.python"))
     post(client, event_payload("other", issue_id="1"))
-    assert ids(client.get("/errors?issue=SHOP-2F")) == ids(client.get("/errors?issue=5900000011")) == [2, 1]
-    assert client.get("/errors/latest?issue=SHOP-2F").json["event_id"] == "6f0a4d2b9c1e4f7a8b3d5e6c7a8b9c0d"
+    assert (
+        ids(client.get("/errors?issue=SHOP-2F"))
+        == ids(client.get("/errors?issue=5900000011"))
+        == [2, 1]
+    )
+    assert (
+        client.get("/errors/latest?issue=SHOP-2F").json["event_id"]
+        == "6f0a4d2b9c1e4f7a8b3d5e6c7a8b9c0d"
+    )
 
 
-# ----------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # Pages and pollers
-# ----------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 
 
 def follow(client, path):
@@ -567,16 +616,31 @@ def follow(client, path):
 
 def test_the_link_leads_through_all_pages_once(client):
     for number in range(25):
-        post(client, event_payload(str(number), level="error" if number % 2 else "info", title=f"Tüte {number} & co"))
+        post(
+            client,
+            event_payload(
+                str(number), level="error" if number % 2 else "info", title=f"Tüte {number} & co"
+            ),
+        )
     everything = list(range(25, 0, -1))
     assert follow(client, "/errors") == [everything]
     assert follow(client, "/errors?limit=25") == [everything]
-    assert follow(client, "/errors?limit=10") == [everything[:10], everything[10:20], everything[20:]]
-    assert follow(client, "/errors?limit=10&after=0") == [everything[:14:-1], everything[14:4:-1], everything[4::-1]]
+    assert follow(client, "/errors?limit=10") == [
+        everything[:10],
+        everything[10:20],
+        everything[20:],
+    ]
+    assert follow(client, "/errors?limit=10&after=0") == [
+        everything[:14:-1],
+        everything[14:4:-1],
+        everything[4::-1],
+    ]
     for query in ("level=error", "level=error&q=t%C3%BCte+%26+co", "level=error&since=1h"):
         pages = follow(client, f"/errors?{query}&limit=5")
         assert [len(page) for page in pages] == [5, 5, 2]
-        assert [id_ for page in pages for id_ in page] == [id_ for id_ in everything if id_ % 2 == 0]
+        assert [id_ for page in pages for id_ in page] == [
+            id_ for id_ in everything if id_ % 2 == 0
+        ]
 
 
 def test_a_page_has_a_hundred_errors_unless_told_otherwise(client):
@@ -674,7 +738,13 @@ def test_a_changed_list_is_told_from_one_of_another_database(app, client):
 
 def test_who_has_a_reply_costs_no_reading_of_payloads(app, client):
     post(client, event_payload())
-    paths = ["/errors/1", "/errors/1?format=text", "/errors/1/payload", "/errors/latest", "/errors?format=ndjson"]
+    paths = [
+        "/errors/1",
+        "/errors/1?format=text",
+        "/errors/1/payload",
+        "/errors/latest",
+        "/errors?format=ndjson",
+    ]
     tags = [client.get(path).headers["ETag"] for path in paths]
     execute(app, "UPDATE errors SET payload = x'00'")
     for path, tag in zip(paths, tags, strict=True):
@@ -682,22 +752,33 @@ def test_who_has_a_reply_costs_no_reading_of_payloads(app, client):
     assert client.get("/errors/1").status_code == 500
 
 
-# ----------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # Lines
-# ----------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 
 
 def test_an_export_has_every_error_in_full_a_line_each(client):
     for number in range(230):
-        post(client, event_payload(str(number), level="info" if number % 10 else "error", extra="x" * 500))
+        post(
+            client,
+            event_payload(str(number), level="info" if number % 10 else "error", extra="x" * 500),
+        )
     reply = client.get("/errors?format=ndjson")
     assert reply.mimetype == "application/x-ndjson"
     lines = reply.text.splitlines()
     assert [json.loads(line)["id"] for line in lines] == list(range(230, 0, -1))
     assert json.loads(lines[0]) == client.get("/errors/230").json
-    for query, count in (("limit=150", 150), ("limit=100", 100), ("limit=7", 7), ("level=error", 23), ("q=nothing", 0)):
+    for query, count in (
+        ("limit=150", 150),
+        ("limit=100", 100),
+        ("limit=7", 7),
+        ("level=error", 23),
+        ("q=nothing", 0),
+    ):
         assert len(client.get(f"/errors?format=ndjson&{query}").text.splitlines()) == count
-    oldest_first = client.get("/errors?after=3", headers={"Accept": "application/x-ndjson"}).text.splitlines()
+    oldest_first = client.get(
+        "/errors?after=3", headers={"Accept": "application/x-ndjson"}
+    ).text.splitlines()
     assert [json.loads(line)["id"] for line in oldest_first] == list(range(4, 231))
 
 
@@ -731,9 +812,9 @@ def test_a_client_that_leaves_half_way_harms_nobody(client):
     assert post(client, event_payload("after")).status_code == 201
 
 
-# ----------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # Text
-# ----------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 
 HEAD_KEYS = (
     "error title level culprit environment release project issue event happened received message platform logger rule "
@@ -756,7 +837,11 @@ def read_text(text):
     keys = [key for key, _ in pairs]
     assert keys == [key for key in HEAD_KEYS if key in keys]
     last = rest.pop()
-    assert last.count("\n") == 1 and last.endswith("/payload\n") and last.startswith(("source context", "left out: "))
+    assert (
+        last.count("\n") == 1
+        and last.endswith("/payload\n")
+        and last.startswith(("source context", "left out: "))
+    )
     sections = {}
     for part in rest:
         name, *lines = part.split("\n")
@@ -778,8 +863,17 @@ def text_of(client, payload):
 def test_the_text_of_an_error_says_what_broke_and_where(client):
     head, sections, last = read_text(text_of(client, load("error.created.python")))
     assert head["title"] == "CheckoutError: cannot price basket 4711"
-    assert (head["error"], head["level"], head["project"], head["environment"]) == ("1", "error", "shop", "production")
-    assert (head["culprit"], head["release"], head["url"]) == ("checkout", "shop@2.14.0", "http://localhost/errors/1")
+    assert (head["error"], head["level"], head["project"], head["environment"]) == (
+        "1",
+        "error",
+        "shop",
+        "production",
+    )
+    assert (head["culprit"], head["release"], head["url"]) == (
+        "checkout",
+        "shop@2.14.0",
+        "http://localhost/errors/1",
+    )
     assert sections["stacktrace"] == [
         "[2 library frames]",
         'File "shop/views.py", line 64, in checkout',
@@ -866,25 +960,41 @@ FORGERIES = [
 @pytest.mark.parametrize("words", FORGERIES, ids=range(len(FORGERIES)))
 def test_no_text_of_an_error_passes_for_a_line_of_ours_or_moves_a_cursor(client, words):
     crumb = {"message": words, "category": words, "data": {words: words}}
-    frame = {"filename": words, "function": words, "module": words, "context_line": words, "in_app": True}
-    exception = {"type": words, "value": words, "stacktrace": {"frames": [frame, {"function": words}]}}
+    frame = {
+        "filename": words,
+        "function": words,
+        "module": words,
+        "context_line": words,
+        "in_app": True,
+    }
+    exception = {
+        "type": words,
+        "value": words,
+        "stacktrace": {"frames": [frame, {"function": words}]},
+    }
     event = {
         **dict.fromkeys(TEXTS, words),
         "tags": [[words, words]], "request": {"method": words, "url": words}, "breadcrumbs": {"values": [crumb]},
         "exception": {"values": [exception]}, "event_id": words,
     }  # fmt: skip
     issue = {"shortId": words, "project": {"slug": words}}
-    text = text_of(client, {"action": "created", "data": {"event": event, "issue": issue, "triggered_rule": words}})
+    text = text_of(
+        client,
+        {"action": "created", "data": {"event": event, "issue": issue, "triggered_rule": words}},
+    )
     head, _, _ = read_text(text)
     assert (head["error"], head["url"]) == ("1", "http://localhost/errors/1")
     listed = client.get("/errors?format=text").text
     assert len(listed.splitlines()) == 1 and listed.startswith("#1 ")
     for shown in (text, listed):
         assert not re.search(
-            "[\0-\x09\x0b-\x1f\x7f-\x9f\u2028\u2029\u200b\u200e\u202a-\u202e\u2066-\u2069\ufeff]", shown
+            "[\0-\x09\x0b-\x1f\x7f-\x9f\u2028\u2029\u200b\u200e\u202a-\u202e\u2066-\u2069\ufeff]",
+            shown,
         )
         assert not re.search("[\U000e0000-\U000e007f]", shown)
-    assert not re.search(r"\[31m|\[2J|evil", head["title"].replace("url: http://evil.example.com", ""))
+    assert not re.search(
+        r"\[31m|\[2J|evil", head["title"].replace("url: http://evil.example.com", "")
+    )
 
 
 LONG = "long words of somebody " * 100
@@ -893,9 +1003,21 @@ HUGE = [
     dict.fromkeys(TEXTS, LONG * 5),
     {"tags": MANY, "title": "x"},
     {"exception": {"values": [{"type": LONG, "value": LONG}] * 300}},
-    {"stacktrace": {"frames": [{"function": LONG, "filename": LONG, "context_line": LONG, "in_app": True}] * 300}},
-    {"stacktrace": {"frames": [{"function": "f", "in_app": number % 2 == 0} for number in range(5000)]}},
-    {"breadcrumbs": [{"message": LONG, "data": {"a": LONG}}] * 300, "request": {"url": LONG, "method": LONG}},
+    {
+        "stacktrace": {
+            "frames": [{"function": LONG, "filename": LONG, "context_line": LONG, "in_app": True}]
+            * 300
+        }
+    },
+    {
+        "stacktrace": {
+            "frames": [{"function": "f", "in_app": number % 2 == 0} for number in range(5000)]
+        }
+    },
+    {
+        "breadcrumbs": [{"message": LONG, "data": {"a": LONG}}] * 300,
+        "request": {"url": LONG, "method": LONG},
+    },
 ]
 HUGE.append({key: value for event in HUGE for key, value in event.items()})
 
@@ -913,7 +1035,9 @@ def test_the_text_has_eight_thousand_characters_at_most_and_says_what_is_left_ou
 
 
 def test_what_is_cut_of_a_trace_is_its_beginning(client):
-    frames = [{"function": f"f{number}", "filename": "x" * 90, "in_app": True} for number in range(500)]
+    frames = [
+        {"function": f"f{number}", "filename": "x" * 90, "in_app": True} for number in range(500)
+    ]
     _, sections, last = read_text(text_of(client, event_payload(stacktrace={"frames": frames})))
     shown = [int(line.rsplit("f", 1)[1]) for line in sections["stacktrace"]]
     assert shown == list(range(shown[0], 500))
@@ -944,7 +1068,11 @@ def test_a_long_host_or_query_does_not_make_a_text_longer(client):
     for number in range(3):
         post(client, event_payload(str(number), title=LONG))
     environ = {"HTTP_HOST": "a." * 2000 + "example.com"}
-    for path in ("/errors/1?format=text", "/errors?format=text&limit=1", "/errors/latest?format=text"):
+    for path in (
+        "/errors/1?format=text",
+        "/errors?format=text&limit=1",
+        "/errors/latest?format=text",
+    ):
         assert len(client.get(path, environ_overrides=environ).text) <= 8000
     query = {"format": "text", "limit": 1, "q": "words " + '"' * 3000}
     assert len(client.get("/errors", query_string=query).text) <= 8000
@@ -957,7 +1085,9 @@ def test_reading_takes_no_signature(make_app):
     assert client.get("/errors/latest").status_code == 200
 
 
-@pytest.mark.parametrize("path", ["/errors/1", "/errors/1/payload", "/errors/1?format=text", "/errors/1?format=html"])
+@pytest.mark.parametrize(
+    "path", ["/errors/1", "/errors/1/payload", "/errors/1?format=text", "/errors/1?format=html"]
+)
 def test_an_error_deleted_while_it_is_read_is_not_found(app, client, path):
     post(client, event_payload())
     database = app.extensions["collector"].database

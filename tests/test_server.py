@@ -27,7 +27,11 @@ SEED = int(os.environ.get("CRASH_SEED") or time.time_ns() % 1_000_000)
 CRASH_ROUNDS = int(os.environ.get("CRASH_ROUNDS") or 2)
 ROUNDS = int(os.environ.get("ROUNDS") or 1)
 SIGNED = {"SENTRY_CLIENT_SECRET": SECRET}
-GET, POST, HOST = b"GET / HTTP/1.1\r\nHost: x\r\n", b"POST /sentry/webhook HTTP/1.1\r\nHost: x\r\n", b"Host: x\r\n\r\n"
+GET, POST, HOST = (
+    b"GET / HTTP/1.1\r\nHost: x\r\n",
+    b"POST /sentry/webhook HTTP/1.1\r\nHost: x\r\n",
+    b"Host: x\r\n\r\n",
+)
 
 
 def numbered(number, **event):
@@ -100,7 +104,9 @@ def wait_for_empty_spool(server):
 @contextlib.contextmanager
 def locked(server):
     """Hold the database's lock, as a VACUUM or somebody's shell would."""
-    with contextlib.closing(sqlite3.connect(database_of(server), isolation_level=None)) as connection:
+    with contextlib.closing(
+        sqlite3.connect(database_of(server), isolation_level=None)
+    ) as connection:
         connection.execute("BEGIN IMMEDIATE")
         yield connection
 
@@ -152,7 +158,9 @@ class Senders:
     def __init__(self, server, count=4, most=10_000, pause=0):
         self.server, self.most, self.pause, self.over = server, most, pause, threading.Event()
         self.answers = []  # (event id, body, status or None, seconds)
-        self.threads = [threading.Thread(target=self.send, args=(number,)) for number in range(count)]
+        self.threads = [
+            threading.Thread(target=self.send, args=(number,)) for number in range(count)
+        ]
 
     def __enter__(self):
         for thread in self.threads:
@@ -168,7 +176,9 @@ class Senders:
         source, number, body = random.Random(SEED + sender), 0, None
         while not self.over.wait(self.pause):
             event_id = f"{self.series}{sender:07x}{number:024x}"
-            body = body or wire(event_payload(event_id, extra=source.randbytes(source.randrange(self.most)).hex()))
+            body = body or wire(
+                event_payload(event_id, extra=source.randbytes(source.randrange(self.most)).hex())
+            )
             seconds, status = timed(self.post, body)
             self.answers.append((event_id, body, status, seconds))
             if status is None:  # once more: it may be stored, and must not be stored twice
@@ -189,7 +199,11 @@ class Senders:
 
     def acknowledged(self):
         """Return the bodies by event id of the deliveries that were answered 2xx."""
-        return {event_id: body for event_id, body, status, _ in list(self.answers) if status and status < 300}
+        return {
+            event_id: body
+            for event_id, body, status, _ in list(self.answers)
+            if status and status < 300
+        }
 
     def statuses(self):
         return {status for _, _, status, _ in list(self.answers)}
@@ -224,13 +238,17 @@ def test_what_was_acknowledged_outlives_kill_9(make_server):
             server.kill()
             server.start()
     wait_for_empty_spool(server)
-    print(f"{kills} workers and {CRASH_ROUNDS} servers killed; {len(senders.acknowledged())} acknowledged")
+    print(
+        f"{kills} workers and {CRASH_ROUNDS} servers killed; {len(senders.acknowledged())} acknowledged"
+    )
     assert kills and len(senders.acknowledged()) > 20 * CRASH_ROUNDS
     assert senders.statuses() <= {None, 200, 201, 202}
     assert_all_there(server, senders)
 
 
-def test_kill_9_while_spooling_beside_a_corrupt_file_loses_nothing_acknowledged(make_server, tmp_path):
+def test_kill_9_while_spooling_beside_a_corrupt_file_loses_nothing_acknowledged(
+    make_server, tmp_path
+):
     print(f"CRASH_SEED={SEED}")
     chance = random.Random(SEED)
     database = tmp_path / "server" / "data" / "errors.db"
@@ -250,7 +268,9 @@ def test_kill_9_while_spooling_beside_a_corrupt_file_loses_nothing_acknowledged(
     assert_all_there(server, senders)
     entered = list(read_all(server))
     for sender in range(4):
-        own = [event_id for event_id in entered if event_id.startswith(f"{senders.series}{sender:07x}")]
+        own = [
+            event_id for event_id in entered if event_id.startswith(f"{senders.series}{sender:07x}")
+        ]
         assert own == sorted(own)
 
 
@@ -287,7 +307,9 @@ def test_a_crowd_at_a_locked_database_is_answered_within_the_second(make_server)
     wait_for_workers(server)
     with locked(server), ThreadPoolExecutor(40) as pool:
         assert server.request("GET", "/health")[0] == 503  # has waited for all
-        answers = list(pool.map(lambda number: timed(server.deliver, numbered(number)), range(3, 43)))
+        answers = list(
+            pool.map(lambda number: timed(server.deliver, numbered(number)), range(3, 43))
+        )
         print(f"slowest of 40 at once: {max(answers)[0]:.2f} s")
         assert {status for _, (status, _) in answers} == {202}
         assert max(seconds for seconds, _ in answers) < 1
@@ -305,7 +327,9 @@ def test_while_one_delivery_waits_for_a_lock_the_others_are_served(make_server):
     with ThreadPoolExecutor(20) as pool:
         os.kill(workers(server)[0], signal.SIGSTOP)  # so that all are there at once
         with locked(server):
-            answers = [pool.submit(timed, server.deliver, numbered(number)) for number in range(2, 14)]
+            answers = [
+                pool.submit(timed, server.deliver, numbered(number)) for number in range(2, 14)
+            ]
             wait_for(lambda: held(server, and_waiting=True) >= 17)
             os.kill(workers(server)[0], signal.SIGCONT)
             wait_for(lambda: server.log.read_text().count("webhook queued") == 11)
@@ -407,7 +431,9 @@ def test_spooled_deliveries_enter_at_the_next_start_health_check_or_webhook(make
     ):
         body = wire(numbered(number))
         file = server.folder / "data" / "spool" / f"{number:020}-1.delivery"
-        file.write_bytes(json.dumps(["2025-01-02T03:04:05.000000Z", "error"]).encode() + b"\n" + body)
+        file.write_bytes(
+            json.dumps(["2025-01-02T03:04:05.000000Z", "error"]).encode() + b"\n" + body
+        )
         trigger()
         wait_for(lambda: not spooled(server))
         assert list(read_all(server).values())[number:] == [body]
@@ -472,7 +498,9 @@ def small_disk(tmp_path):
     """Return a folder on a disk of one megabyte."""
     folder = tmp_path / "server" / "data"
     folder.mkdir(parents=True)
-    made = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=1m", "none", folder], capture_output=True, check=False)
+    made = subprocess.run(
+        ["mount", "-t", "tmpfs", "-o", "size=1m", "none", folder], capture_output=True, check=False
+    )
     if made.returncode:
         pytest.skip("to mount a small disk takes root")
     yield folder
@@ -491,14 +519,20 @@ def test_a_full_disk_loses_nothing_acknowledged(small_disk, make_server):
 
 
 @pytest.mark.parametrize(
-    "state", ["running, wal removed", "running, wal left", "killed, wal removed", "killed, wal left"]
+    "state",
+    ["running, wal removed", "running, wal left", "killed, wal removed", "killed, wal left"],
 )
 def test_a_restored_database_is_taken_up(make_server, tmp_path, state):
     server, database = make_server(), tmp_path / "server" / "data" / "errors.db"
 
     def deliver(*numbers):
         with ThreadPoolExecutor(8) as pool:
-            return set(pool.map(lambda number: server.deliver(numbered(number, extra="x" * 5000))[0], range(*numbers)))
+            return set(
+                pool.map(
+                    lambda number: server.deliver(numbered(number, extra="x" * 5000))[0],
+                    range(*numbers),
+                )
+            )
 
     assert deliver(0, 40) == {201}
     back_up(server, tmp_path / "copy.db")
@@ -512,7 +546,10 @@ def test_a_restored_database_is_taken_up(make_server, tmp_path, state):
     if state.startswith("killed"):
         server.start()
     assert deliver(80, 120) == {201}
-    assert sorted(int(event_id, 16) for event_id in read_all(server)) == [*range(40), *range(80, 120)]
+    assert sorted(int(event_id, 16) for event_id in read_all(server)) == [
+        *range(40),
+        *range(80, 120),
+    ]
 
 
 # Connections
@@ -542,7 +579,9 @@ def test_a_hundred_silent_connections_keep_no_webhook_waiting(shared):
     assert len(added_log(shared, since).splitlines()) == 10
 
 
-BIG = event_payload("b" * 32, extra="".join(random.Random(1).choices("0123456789abcdef", k=5_000_000)))
+BIG = event_payload(
+    "b" * 32, extra="".join(random.Random(1).choices("0123456789abcdef", k=5_000_000))
+)
 
 
 def drip(connection):
@@ -559,7 +598,11 @@ def drip(connection):
 
 def open_slow_clients(server):
     """Return connections, by kind, that would each hold a worker for good; BIG is error 1."""
-    kinds = {"slow reader": connect(server, b"GET /errors/1/payload HTTP/1.1\r\nHost: x\r\n\r\n", receive=4096)}
+    kinds = {
+        "slow reader": connect(
+            server, b"GET /errors/1/payload HTTP/1.1\r\nHost: x\r\n\r\n", receive=4096
+        )
+    }
     assert kinds["slow reader"].recv(1) == b"H"
     kinds |= {
         "half a head": connect(server, b"POST /sentry/webhook HTTP/1.1\r\nHost:"),
@@ -596,13 +639,19 @@ def test_slow_clients_hold_no_worker_take_little_memory_and_cost_a_log_line_at_m
     wait_for(lambda: held(server) >= 60)
     waited, (status, _) = timed(server.deliver, numbered(1))
     reading, _ = timed(server.get, "/errors")
-    print(f"behind {len(slow) + len(more)} slow clients and one worker: {waited:.2f} s, a reader {reading:.2f} s")
+    print(
+        f"behind {len(slow) + len(more)} slow clients and one worker: {waited:.2f} s, a reader {reading:.2f} s"
+    )
     assert status == 201 and max(waited, reading) < 1
     highest = memory(server)
-    ends = {kind: read_to_end(slow[kind]) for kind in reversed(slow)}  # the slow reader takes nothing until the last
+    ends = {
+        kind: read_to_end(slow[kind]) for kind in reversed(slow)
+    }  # the slow reader takes nothing until the last
     seconds = time.monotonic() - started
     highest = max(highest, memory(server))
-    print(f"the slow ones are gone after {seconds:.1f} s; a worker had {highest:.0f} MB at the most")
+    print(
+        f"the slow ones are gone after {seconds:.1f} s; a worker had {highest:.0f} MB at the most"
+    )
     assert seconds < 8 and highest < 100
     for client in more:
         client.close()
@@ -643,7 +692,9 @@ def test_a_request_that_comes_in_pieces_is_served_when_it_is_whole(make_server):
     server = make_server(WEB_CONCURRENCY="1", **SIGNED)
     body = wire(numbered(1, extra="x" * 200_000))
     pieces = connect(server, head_of(body)[:50])
-    for number, (start, end) in enumerate(((50, 300), (300, 5000), (5000, 150_000), (150_000, None)), 2):
+    for number, (start, end) in enumerate(
+        ((50, 300), (300, 5000), (5000, 150_000), (150_000, None)), 2
+    ):
         small = wire(numbered(number))
         seconds, (status, _) = timed(server.deliver, small, sign(small))
         assert status == 201 and seconds < 1
@@ -680,7 +731,10 @@ def test_a_client_that_waits_for_a_go_ahead_gets_it(make_server):
 
 
 def test_a_reader_who_sips_an_export_keeps_nobody_waiting(full):
-    sips = [connect(full, b"GET /errors?format=ndjson HTTP/1.1\r\nHost: x\r\n\r\n", receive=4096) for _ in range(20)]
+    sips = [
+        connect(full, b"GET /errors?format=ndjson HTTP/1.1\r\nHost: x\r\n\r\n", receive=4096)
+        for _ in range(20)
+    ]
     assert {sip.recv(1) for sip in sips} == {b"H"}
     seconds = [timed(full.request, "GET", "/errors?limit=1")[0] for _ in range(5)]
     seconds += [timed(full.deliver, event_payload(f"51b{number:029x}"))[0] for number in range(5)]
@@ -712,7 +766,9 @@ def test_a_stop_takes_3_seconds_at_most_and_finishes_what_is_in_hand(make_server
     seconds, (status, _) = timed(server.deliver, wire(numbered(2)), sign(wire(numbered(2))))
     assert status == 201 and seconds < 1, seconds
     started = time.monotonic()
-    os.killpg(server.process.pid, sign_) if sign_ == signal.SIGINT else server.process.terminate()  # as Ctrl-C does
+    os.killpg(
+        server.process.pid, sign_
+    ) if sign_ == signal.SIGINT else server.process.terminate()  # as Ctrl-C does
     wait_for(lambda: b"Handling signal: " in server.log.read_bytes())
     in_hand.sendall(body[-10:])
     assert read_to_end(in_hand).startswith(b"HTTP/1.1 201 ")
@@ -757,7 +813,10 @@ def test_a_reload_refuses_no_connection_and_loses_no_delivery(make_server):
             server.process.send_signal(signal.SIGHUP)
             wait_for(lambda old=old: len(workers(server)) == 2 and not old & set(workers(server)))
     print(f"{len(senders.answers)} deliveries, slowest {senders.slowest():.2f} s")
-    assert senders.statuses() <= {201, 202}  # spooled by a worker that is told to end while another writes
+    assert senders.statuses() <= {
+        201,
+        202,
+    }  # spooled by a worker that is told to end while another writes
     wait_for_empty_spool(server)
     assert_all_there(server, senders)
 
@@ -783,7 +842,9 @@ def test_a_reload_with_a_bad_setting_goes_on_as_before(make_server):
         logged = [line for line in server.log.read_text().splitlines() if name in line]
         assert len(logged) == 1 and "going on as before" in logged[0], logged
     assert server.deliver(numbered(1))[0] == 201
-    os.kill(workers(server)[0], signal.SIGKILL)  # a worker that takes the place of another reads no settings anew
+    os.kill(
+        workers(server)[0], signal.SIGKILL
+    )  # a worker that takes the place of another reads no settings anew
     wait_for(lambda: len(workers(server)) == 2)
     assert server.deliver(numbered(2))[0] == 201 and not token_is_set(server)
     settings.write_text("API_TOKEN=x\n")
@@ -876,9 +937,15 @@ def test_clients_that_do_not_close_after_a_refusal_keep_no_webhook_waiting(share
 def test_forged_deliveries_of_the_largest_size_keep_no_webhook_waiting(make_server):
     server = make_server(**SIGNED)
     wait_for_workers(server)
-    large, body = wire(numbered(1, extra=[{str(each): each} for each in range(300_000)])), wire(numbered(2))
+    large, body = (
+        wire(numbered(1, extra=[{str(each): each} for each in range(300_000)])),
+        wire(numbered(2)),
+    )
     with ThreadPoolExecutor(10) as pool:
-        forged = [pool.submit(server.deliver, large, {"Sentry-Hook-Signature": "0" * 64}) for _ in range(10)]
+        forged = [
+            pool.submit(server.deliver, large, {"Sentry-Hook-Signature": "0" * 64})
+            for _ in range(10)
+        ]
         wait_for(lambda: held(server))
         seconds, (status, _) = timed(server.deliver, body, sign(body))
         assert {answer.result()[0] for answer in forged} == {401}
@@ -958,7 +1025,8 @@ BROKEN = {
     "chunks of nonsense": POST + b"Transfer-Encoding: chunked\r\n\r\nzz\r\n{}\r\n",
     "chunked and a length": POST + b"Transfer-Encoding: chunked\r\nContent-Length: 2\r\n\r\n{}",
     "gzip": POST + b"Transfer-Encoding: gzip\r\nContent-Length: 2\r\n\r\n{}",
-    "odd type": POST + b"Content-Type: multipart/form-data; boundary=\xff\r\nContent-Length: 2\r\n\r\n{}",
+    "odd type": POST
+    + b"Content-Type: multipart/form-data; boundary=\xff\r\nContent-Length: 2\r\n\r\n{}",
     "odd signature": POST + b"Sentry-Hook-Signature: \xe9\r\nContent-Length: 2\r\n\r\n{}",
     "odd resource": POST + b"Sentry-Hook-Resource: \xe9\x85\xa0\r\nContent-Length: 2\r\n\r\n{}",
 }
@@ -981,7 +1049,11 @@ def test_broken_http_is_refused_in_a_short_log_line_at_most(shared, name):
     assert status is None or status < 500, reply[:500]
     assert (workers(shared), shared.get("/")["counts"]) == before
     logged = added_log(shared, since)
-    assert logged.count("\n") <= 1 and len(logged) < 1000 and logged.isprintable() is not logged.endswith("\n"), logged
+    assert (
+        logged.count("\n") <= 1
+        and len(logged) < 1000
+        and logged.isprintable() is not logged.endswith("\n")
+    ), logged
     assert len(reply) < 10_000 or name == "whole URL"
 
 
@@ -992,7 +1064,9 @@ def test_mutated_requests_never_end_in_a_fault_or_a_dead_worker(shared):
     samples = [wire(error), json.dumps(error, ensure_ascii=False).encode()]
     for _ in range(200):
         body = chance.choice(samples)
-        data = bytearray(head_of(body) + body if chance.random() < 0.8 else GET + b"Accept: text/html\r\n\r\n")
+        data = bytearray(
+            head_of(body) + body if chance.random() < 0.8 else GET + b"Accept: text/html\r\n\r\n"
+        )
         for _ in range(chance.choice((1, 2, 5, 50))):
             start = chance.randrange(len(data))
             data[start : start + chance.randrange(3)] = chance.randbytes(chance.randrange(4))
@@ -1010,12 +1084,17 @@ def test_mutated_requests_never_end_in_a_fault_or_a_dead_worker(shared):
 def full(tmp_path_factory):
     """Return a server that holds 2,000 errors of 20 kB."""
     server = Server(tmp_path_factory.mktemp("full"))
-    database = create_app({"DATABASE_URL": server.env["DATABASE_URL"]}).extensions["collector"].database
+    database = (
+        create_app({"DATABASE_URL": server.env["DATABASE_URL"]}).extensions["collector"].database
+    )
     text = random.Random(1).randbytes(10_000).hex()
     with database.turn() as connection:
         for number in range(2000):
             payload = event_payload(f"f{number:031x}", title=f"Full {number}", extra=text)
-            insert_error(connection, parse_error(payload, "error", "2025-01-02T03:04:05.000000Z") | pack(wire(payload)))
+            insert_error(
+                connection,
+                parse_error(payload, "error", "2025-01-02T03:04:05.000000Z") | pack(wire(payload)),
+            )
     database.close()
     yield server.start()
     server.stop()
@@ -1024,7 +1103,9 @@ def full(tmp_path_factory):
 def back_up(server, target):
     """Back the database up as the README says; return what was said."""
     command = [sys.executable, "-m", "flask", "--app", "collector", "backup", str(target)]
-    done = subprocess.run(command, cwd=ROOT, env=server.env, capture_output=True, text=True, check=True, timeout=60)
+    done = subprocess.run(
+        command, cwd=ROOT, env=server.env, capture_output=True, text=True, check=True, timeout=60
+    )
     return done.stderr
 
 
@@ -1040,9 +1121,18 @@ def test_no_webhook_waits_for_an_export_a_search_a_backup_or_a_shell(full, tmp_p
         assert shell.execute("SELECT count(*) FROM errors").fetchone()[0] >= 2000
         with ThreadPoolExecutor() as pool, Senders(full, count=2, pause=0.005) as senders:
             reads = [
-                pool.submit(repeat, lambda: exports.append(full.request("GET", "/errors?format=ndjson", timeout=60))),
-                pool.submit(repeat, lambda: full.request("GET", "/errors?q=full+1&format=html&limit=1000")),
-                pool.submit(repeat, lambda: full.request("GET", "/errors?q=f&level=error&since=9999d")),
+                pool.submit(
+                    repeat,
+                    lambda: exports.append(
+                        full.request("GET", "/errors?format=ndjson", timeout=60)
+                    ),
+                ),
+                pool.submit(
+                    repeat, lambda: full.request("GET", "/errors?q=full+1&format=html&limit=1000")
+                ),
+                pool.submit(
+                    repeat, lambda: full.request("GET", "/errors?q=f&level=error&since=9999d")
+                ),
             ]
             try:
                 back_up(full, tmp_path / "copy.db")
@@ -1052,7 +1142,9 @@ def test_no_webhook_waits_for_an_export_a_search_a_backup_or_a_shell(full, tmp_p
                 over.set()
             for read in reads:
                 read.result()
-    print(f"slowest of {len(senders.answers)} webhooks beside slow neighbours: {senders.slowest():.3f} s")
+    print(
+        f"slowest of {len(senders.answers)} webhooks beside slow neighbours: {senders.slowest():.3f} s"
+    )
     assert senders.statuses() == {201} and senders.slowest() < 1
     assert max(lines.count(b"\n") for _, _, lines in exports) >= 2000
     with contextlib.closing(sqlite3.connect(tmp_path / "copy.db")) as copy:
@@ -1071,8 +1163,12 @@ def test_no_webhook_waits_for_what_a_long_read_has_left_to_do(make_server):
     grown = wal.stat().st_size
     assert grown > LONG_WAL_BYTES
     with Senders(server, count=2) as senders:
-        wait_for(lambda: wal.stat().st_size < grown, 20)  # all of it is in the database, and it begins anew
-    print(f"slowest of {len(senders.answers)} webhooks after a long read: {senders.slowest():.3f} s")
+        wait_for(
+            lambda: wal.stat().st_size < grown, 20
+        )  # all of it is in the database, and it begins anew
+    print(
+        f"slowest of {len(senders.answers)} webhooks after a long read: {senders.slowest():.3f} s"
+    )
     assert senders.statuses() <= {201, 202} and senders.slowest() < 1
     wait_for_empty_spool(server)
     assert_all_there(server, senders)
@@ -1096,7 +1192,9 @@ def test_eight_processes_start_at_once_on_an_empty_folder(tmp_path, arguments):
     for number in range(ROUNDS):
         folder = tmp_path / str(number)
         url = f"sqlite:///{folder}/data/errors.db"
-        servers = [Server(folder / f"{each}", DATABASE_URL=url, WEB_CONCURRENCY="1") for each in range(8)]
+        servers = [
+            Server(folder / f"{each}", DATABASE_URL=url, WEB_CONCURRENCY="1") for each in range(8)
+        ]
         try:
             for server in servers:
                 server.start(*arguments, wait=False)
@@ -1133,5 +1231,7 @@ def test_a_bad_setting_stops_the_start_with_one_line(make_server, name, value, f
     server = make_server(wait=False, **{name: value})
     assert server.process.wait(20) != 0
     lines = [line for line in server.log.read_text().splitlines() if not line.startswith("[")]
-    assert len(lines) == 1 and lines[0].startswith(f"{name}: ") and fault in lines[0], server.log.read_text()
+    assert len(lines) == 1 and lines[0].startswith(f"{name}: ") and fault in lines[0], (
+        server.log.read_text()
+    )
     assert "secret" not in server.log.read_text()

@@ -39,7 +39,12 @@ def keep_house(client):
 
 def event_ids(app):
     """Return the event ids that are stored, in the order of their rows."""
-    return [row[0] for row in house(app).database.connection().execute("SELECT event_id FROM errors ORDER BY id")]
+    return [
+        row[0]
+        for row in house(app)
+        .database.connection()
+        .execute("SELECT event_id FROM errors ORDER BY id")
+    ]
 
 
 def spooled(app):
@@ -54,7 +59,9 @@ def back_up(app, target):
 
 def refuse_bad(app):
     """Make the database refuse the event "bad", for which no other is to blame."""
-    refuse = "BEFORE INSERT ON errors WHEN new.event_id = 'bad' BEGIN SELECT RAISE(ABORT, 'no'); END"
+    refuse = (
+        "BEFORE INSERT ON errors WHEN new.event_id = 'bad' BEGIN SELECT RAISE(ABORT, 'no'); END"
+    )
     house(app).database.connection().execute(f"CREATE TRIGGER refuse {refuse}")
 
 
@@ -66,9 +73,9 @@ def locked(app):
         yield other
 
 
-# ----------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # Settings
-# ----------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 
 PASSWORD = "hunter2"
 BAD_SETTINGS = [
@@ -130,9 +137,15 @@ def test_a_bad_setting_stops_the_start_with_one_line(make_app, monkeypatch, name
 
 def test_the_start_ends_with_a_status_and_the_line_alone(tmp_path):
     for variable, value in (("PORT", "x"), ("DATABASE_URL", "sqlite:////dev/null/x/errors.db")):
-        env = os.environ | {"PYTHONPATH": str(ROOT), "DATABASE_URL": f"sqlite:///{tmp_path}/e.db", variable: value}
+        env = os.environ | {
+            "PYTHONPATH": str(ROOT),
+            "DATABASE_URL": f"sqlite:///{tmp_path}/e.db",
+            variable: value,
+        }
         command = [sys.executable, "-c", "import collector; collector.create_app()"]
-        done = subprocess.run(command, env=env, cwd=tmp_path, capture_output=True, text=True, check=False)
+        done = subprocess.run(
+            command, env=env, cwd=tmp_path, capture_output=True, text=True, check=False
+        )
         assert done.returncode == 1
         assert done.stderr.startswith(f"{variable}: ")
         assert done.stderr.count("\n") == 1
@@ -153,10 +166,16 @@ def test_an_empty_setting_is_an_unset_one(make_app, monkeypatch):
     assert config["sentry_actions"] == ["created"]
     assert config["max_body_bytes"] == 5 * 1024 * 1024
     assert (config["web_concurrency"], config["port"], config["retention_days"]) == (2, 8000, None)
-    assert not config["sentry_dsn_set"] and not config["sentry_client_secret_set"] and not config["api_token_set"]
+    assert (
+        not config["sentry_dsn_set"]
+        and not config["sentry_client_secret_set"]
+        and not config["api_token_set"]
+    )
 
 
-def test_the_environment_wins_over_the_env_file_and_both_over_the_defaults(tmp_path, monkeypatch, make_app):
+def test_the_environment_wins_over_the_env_file_and_both_over_the_defaults(
+    tmp_path, monkeypatch, make_app
+):
     lines = [
         'API_TOKEN="from file"',
         "SENTRY_ACTIONS=created,triggered",
@@ -171,7 +190,11 @@ def test_the_environment_wins_over_the_env_file_and_both_over_the_defaults(tmp_p
     assert client.get("/config").status_code == 401
     config = client.get("/config", headers={"Authorization": "Bearer from file"}).json
     assert config["sentry_actions"] == ["created", "triggered"]
-    assert (config["retention_days"], config["port"], config["max_body_bytes"]) == (30, 9000, 5 * 1024 * 1024)
+    assert (config["retention_days"], config["port"], config["max_body_bytes"]) == (
+        30,
+        9000,
+        5 * 1024 * 1024,
+    )
 
 
 def test_the_settings_are_read_once(make_app, monkeypatch):
@@ -207,9 +230,20 @@ def start_log(caplog):
 
 def test_the_start_says_in_one_line_what_is_on_and_what_is_off(make_app, start_log):
     make_app()
-    make_app(SENTRY_CLIENT_SECRET=SECRET, API_TOKEN="t0ken", SENTRY_ACTIONS="created,triggered", RETENTION_DAYS="9")
+    make_app(
+        SENTRY_CLIENT_SECRET=SECRET,
+        API_TOKEN="t0ken",
+        SENTRY_ACTIONS="created,triggered",
+        RETENTION_DAYS="9",
+    )
     off, on = [line for line in start_log().splitlines() if "signature check" in line]
-    for words in ("signature check OFF", "read token OFF", "Sentry reports off", "actions created;", "retention off"):
+    for words in (
+        "signature check OFF",
+        "read token OFF",
+        "Sentry reports off",
+        "actions created;",
+        "retention off",
+    ):
         assert words in off
     for words in (
         "signature check on",
@@ -256,9 +290,9 @@ def test_a_folder_that_cannot_be_written_stops_the_start_and_names_the_owner(ope
     assert "chown" in line
 
 
-# ----------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # The database
-# ----------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 
 ROOT_MOUNT = "22 1 8:1 / / rw,relatime shared:1 - {} /dev/sda1 rw\n"
 MOUNTS = [
@@ -276,12 +310,21 @@ MOUNTS = [
     ),
     (ROOT_MOUNT.format("ext4") + "30 22 0:40 / /data rw - fuse.osxfs a rw\n", "/data", "PERSIST"),
     (
-        ROOT_MOUNT.format("ext4") + "30 22 0:40 / /data rw - cifs //a/b rw\n31 30 8:2 / /data rw - btrfs b rw\n",
+        ROOT_MOUNT.format("ext4")
+        + "30 22 0:40 / /data rw - cifs //a/b rw\n31 30 8:2 / /data rw - btrfs b rw\n",
         "/data",
         "WAL",
     ),
-    (ROOT_MOUNT.format("ext4") + "30 22 0:40 / /my\\040data rw - fuse a rw\n", "/my data/x", "PERSIST"),
-    (ROOT_MOUNT.format("ext4") + "30 22 0:40 / /my\\134data rw - fuse a rw\n", "/my\\data/x", "PERSIST"),
+    (
+        ROOT_MOUNT.format("ext4") + "30 22 0:40 / /my\\040data rw - fuse a rw\n",
+        "/my data/x",
+        "PERSIST",
+    ),
+    (
+        ROOT_MOUNT.format("ext4") + "30 22 0:40 / /my\\134data rw - fuse a rw\n",
+        "/my\\data/x",
+        "PERSIST",
+    ),
     (ROOT_MOUNT.format("ext4") + "30 22 0:40 / /dätä rw - nfs a rw\n", "/dätä", "PERSIST"),
     (ROOT_MOUNT.format("ext4") + "30 22 0:40 / /d\udce4ta rw - nfs a rw\n", "/data", "WAL"),
     ("", "/data", "PERSIST"),
@@ -301,7 +344,9 @@ def test_without_a_list_of_mounts_the_journal_is_the_safe_one(tmp_path):
 def test_a_link_is_followed_to_the_file_system_it_leads_to(tmp_path):
     (tmp_path / "there").mkdir()
     (tmp_path / "here").symlink_to(tmp_path / "there")
-    (tmp_path / "mountinfo").write_text(ROOT_MOUNT.format("ext4") + f"30 22 0:1 / {tmp_path}/there rw - nfs a rw\n")
+    (tmp_path / "mountinfo").write_text(
+        ROOT_MOUNT.format("ext4") + f"30 22 0:1 / {tmp_path}/there rw - nfs a rw\n"
+    )
     assert choose_journal_mode(tmp_path / "here", tmp_path / "mountinfo") == "PERSIST"
 
 
@@ -373,19 +418,30 @@ BODIES = [
 
 def test_a_body_can_be_had_back_byte_for_byte(client):
     for number, body in enumerate(BODIES, 1):
-        assert post(client, body).json == {"status": "stored", "id": number, "url": f"/errors/{number}"}
+        assert post(client, body).json == {
+            "status": "stored",
+            "id": number,
+            "url": f"/errors/{number}",
+        }
         assert client.get(f"/errors/{number}/payload").data == body
 
 
 def test_a_body_takes_a_fraction_of_its_size(app, client):
     post(client, wire(load("error.created.python")) + b" " * 20_000)
-    row = house(app).database.connection().execute("SELECT length(payload), payload_bytes FROM errors").fetchone()
+    row = (
+        house(app)
+        .database.connection()
+        .execute("SELECT length(payload), payload_bytes FROM errors")
+        .fetchone()
+    )
     assert row[0] < row[1] / 5
 
 
 def test_the_sqlite_shell_reads_the_bodies(app, client):
     shell = shutil.which("sqlite3")
-    if not shell or "sqlar_uncompress" not in shell_output(shell, ":memory:", "SELECT name FROM pragma_function_list"):
+    if not shell or "sqlar_uncompress" not in shell_output(
+        shell, ":memory:", "SELECT name FROM pragma_function_list"
+    ):
         pytest.skip("needs the sqlite3 shell with sqlar_uncompress")
     for body in BODIES:
         post(client, body)
@@ -412,12 +468,22 @@ print(json.dumps([client.post("/sentry/webhook", json=body).json["status"] for b
 
 def test_the_database_decides_what_is_a_duplicate_also_between_processes(tmp_path):
     bodies = [event_payload(f"event {number}") for number in range(20)]
-    bodies += [{"action": "created", "data": {"issue": {"id": f"issue {number}"}}} for number in range(20)]
+    bodies += [
+        {"action": "created", "data": {"issue": {"id": f"issue {number}"}}} for number in range(20)
+    ]
     bodies += [{"event": {"title": f"without ids {number}"}} for number in range(20)]
     (tmp_path / "bodies.json").write_text(json.dumps(bodies))
-    env = os.environ | {"PYTHONPATH": str(ROOT), "DATABASE_URL": f"sqlite:///{tmp_path}/data/errors.db"}
+    env = os.environ | {
+        "PYTHONPATH": str(ROOT),
+        "DATABASE_URL": f"sqlite:///{tmp_path}/data/errors.db",
+    }
     command = [sys.executable, "-c", POSTER, str(tmp_path / "bodies.json")]
-    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+    pipes = {
+        "stdin": subprocess.PIPE,
+        "stdout": subprocess.PIPE,
+        "stderr": subprocess.PIPE,
+        "text": True,
+    }
     processes = [subprocess.Popen(command, env=env, cwd=tmp_path, **pipes) for _ in range(4)]
     try:
         assert [process.stdout.readline() for process in processes] == ["ready\n"] * 4
@@ -440,9 +506,14 @@ def test_old_errors_are_deleted_in_steps_and_new_ones_stay(make_app):
     app = make_app(RETENTION_DAYS="30")
     client = app.test_client()
     for number in range(130):
-        words = {name: f"{name}{number:03}" for name in ("title", "message", "culprit", "type", "value")}
+        words = {
+            name: f"{name}{number:03}" for name in ("title", "message", "culprit", "type", "value")
+        }
         post(client, event_payload(f"{number:03}", metadata=words, **words))
-    old, young = (f"{(datetime.now(UTC) - timedelta(days=days)).isoformat()[:19]}.000000Z" for days in (31, 29))
+    old, young = (
+        f"{(datetime.now(UTC) - timedelta(days=days)).isoformat()[:19]}.000000Z"
+        for days in (31, 29)
+    )
     with house(app).database.turn() as connection:
         connection.execute("UPDATE errors SET received_at = iif(id <= 120, ?, ?)", (old, young))
     counts = [count_rows(app)]
@@ -454,9 +525,14 @@ def test_old_errors_are_deleted_in_steps_and_new_ones_stay(make_app):
     assert event_ids(app) == [f"{number:03}" for number in range(120, 130)]
     for name in words:
         sql = "SELECT rowid FROM errors_search WHERE errors_search MATCH ?"
-        found = house(app).database.connection().execute(sql, (f"{name}001 OR {name}125",)).fetchall()
+        found = (
+            house(app).database.connection().execute(sql, (f"{name}001 OR {name}125",)).fetchall()
+        )
         assert [row[0] for row in found] == [126]
-    assert [client.get(f"/errors?q=title{number}").json != [] for number in ("001", "125")] == [False, True]
+    assert [client.get(f"/errors?q=title{number}").json != [] for number in ("001", "125")] == [
+        False,
+        True,
+    ]
     assert client.get("/errors/1").status_code == 404
     assert post(client, event_payload("000")).json["id"] == 131
 
@@ -497,15 +573,20 @@ def test_a_restored_database_does_not_take_up_the_log_of_the_one_before(make_app
     (tmp_path / "copy.db").rename(tmp_path / "data/errors.db")
     for client in clients:
         assert [row["event_id"] for row in client.get("/errors").json] == ["kept"]
-    assert [post(client, event_payload(f"{number}")).status_code for number, client in enumerate(clients)] == [201, 201]
+    assert [
+        post(client, event_payload(f"{number}")).status_code
+        for number, client in enumerate(clients)
+    ] == [201, 201]
     for app in apps:
         assert event_ids(app) == ["kept", "0", "1"]
-        assert house(app).database.connection().execute("PRAGMA integrity_check").fetchone()[0] == "ok"
+        assert (
+            house(app).database.connection().execute("PRAGMA integrity_check").fetchone()[0] == "ok"
+        )
 
 
-# ----------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # A database that cannot be written
-# ----------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 
 
 def seconds_to_post(client, payload, status):
@@ -522,7 +603,13 @@ def test_a_delivery_waits_for_a_lock_once_and_is_then_spooled(app, client, monke
     assert post(client, event_payload("first")).status_code == 201
     with locked(app) as other:
         assert 0.9 < seconds_to_post(client, event_payload("second"), 202) < 3
-        assert min(seconds_to_post(client, event_payload(name), 202) for name in ("third", "fourth", "fifth")) < 0.2
+        assert (
+            min(
+                seconds_to_post(client, event_payload(name), 202)
+                for name in ("third", "fourth", "fifth")
+            )
+            < 0.2
+        )
         assert [client.get("/errors/latest").json["event_id"], spooled(app)] == ["first", 4]
         for path in ("/", "/config"):
             state = client.get(path).json
@@ -559,7 +646,14 @@ def test_a_read_is_not_kept_waiting_by_a_lock(app, client):
     post(client, event_payload())
     with locked(app):
         started = time.monotonic()
-        for path in ("/errors/latest", "/errors", "/errors/1/payload", "/errors?format=ndjson", "/", "/config"):
+        for path in (
+            "/errors/latest",
+            "/errors",
+            "/errors/1/payload",
+            "/errors?format=ndjson",
+            "/",
+            "/config",
+        ):
             assert client.get(path).status_code == 200
         assert time.monotonic() - started < 2.5
 
@@ -596,7 +690,9 @@ NAMELESS = [
 
 
 @pytest.mark.parametrize("payload", NAMELESS)
-def test_a_delivery_comes_in_once_even_if_its_file_outlives_the_commit(app, client, monkeypatch, payload):
+def test_a_delivery_comes_in_once_even_if_its_file_outlives_the_commit(
+    app, client, monkeypatch, payload
+):
     monkeypatch.setattr(collector, "WAIT_SECONDS", 0.1)
     with locked(app):
         assert post(client, payload).status_code == 202
@@ -609,12 +705,21 @@ def test_a_delivery_comes_in_once_even_if_its_file_outlives_the_commit(app, clie
     assert client.get("/errors/1/payload").data == wire(payload)
 
 
-def test_a_spooled_file_that_makes_no_sense_is_set_aside_and_holds_up_nobody(app, client, monkeypatch):
+def test_a_spooled_file_that_makes_no_sense_is_set_aside_and_holds_up_nobody(
+    app, client, monkeypatch
+):
     monkeypatch.setattr(collector, "WAIT_SECONDS", 0.1)
     folder = house(app).spool.folder
     head = b'["2026-01-01T00:00:00.000000Z", null]\n'
     for number, content in enumerate(
-        (b"", b"[]\n{}", head + b"no JSON", head + b"[]", head + b'{"action": "x"}', b'[null, null]\n{"event": {}}')
+        (
+            b"",
+            b"[]\n{}",
+            head + b"no JSON",
+            head + b"[]",
+            head + b'{"action": "x"}',
+            b'[null, null]\n{"event": {}}',
+        )
     ):
         (folder / f"0-{number}.delivery").write_bytes(content)
     (folder / "0-9.part").write_bytes(head + b'{"ev')
@@ -622,11 +727,15 @@ def test_a_spooled_file_that_makes_no_sense_is_set_aside_and_holds_up_nobody(app
         post(client, event_payload())
     assert keep_house(client) == 200
     assert event_ids(app) == ["0" * 32]
-    assert sorted(file.name for file in folder.glob("*.rejected")) == [f"0-{number}.rejected" for number in range(6)]
+    assert sorted(file.name for file in folder.glob("*.rejected")) == [
+        f"0-{number}.rejected" for number in range(6)
+    ]
     assert client.get("/config").json["spooled"] == 0
 
 
-@pytest.mark.parametrize("damage", [b"this is no database\n" * 5000, b"SQLite format 3\0" + b"\xff" * 100_000])
+@pytest.mark.parametrize(
+    "damage", [b"this is no database\n" * 5000, b"SQLite format 3\0" + b"\xff" * 100_000]
+)
 def test_a_corrupt_database_costs_no_delivery(make_app, tmp_path, damage):
     (tmp_path / "data").mkdir()
     (tmp_path / "data/errors.db").write_bytes(damage)
@@ -639,9 +748,19 @@ def test_a_corrupt_database_costs_no_delivery(make_app, tmp_path, damage):
     assert "not a database" in health.json["error"] or "malformed" in health.json["error"]
     assert client.get("/config").json["spooled"] == 3
     assert client.get("/").json["problem"].startswith("The database cannot be read")
-    for path in ("/errors", "/errors/latest", "/errors/1", "/errors/1/payload", "/errors?format=ndjson"):
+    for path in (
+        "/errors",
+        "/errors/latest",
+        "/errors/1",
+        "/errors/1/payload",
+        "/errors?format=ndjson",
+    ):
         reply = client.get(path)
-        assert (reply.status_code, reply.headers["Retry-After"], list(reply.json)) == (503, "5", ["error"])
+        assert (reply.status_code, reply.headers["Retry-After"], list(reply.json)) == (
+            503,
+            "5",
+            ["error"],
+        )
     (tmp_path / "data/errors.db").unlink()
     assert keep_house(client) == 200
     assert event_ids(app) == ["0", "1", "2"]
@@ -695,10 +814,16 @@ def test_a_full_disk_costs_no_delivery(app, client):
     assert client.get("/errors/1/payload").data == wire(payload)
 
 
-def test_if_neither_database_nor_spool_can_be_written_sentry_is_told(app, client, tmp_path, start_log):
+def test_if_neither_database_nor_spool_can_be_written_sentry_is_told(
+    app, client, tmp_path, start_log
+):
     shutil.rmtree(tmp_path / "data")
     reply = post(client, event_payload())
-    assert (reply.status_code, reply.headers["Retry-After"], list(reply.json)) == (503, "5", ["error"])
+    assert (reply.status_code, reply.headers["Retry-After"], list(reply.json)) == (
+        503,
+        "5",
+        ["error"],
+    )
     assert "LOST" in start_log()
     assert "ValueError" not in start_log()
     health = client.get("/health")
@@ -727,9 +852,9 @@ def test_health_is_bad_while_another_holds_the_lock(app, client):
     assert client.get("/health").status_code == 200
 
 
-# ----------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # The counts of deliveries
-# ----------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 
 
 def counted(app, outcome):
@@ -765,11 +890,16 @@ def test_old_counts_go(app, client):
             connection.execute("INSERT INTO deliveries VALUES (?, 'stored', '', 5, ?)", (day, day))
     post(client, event_payload("b"))
     days = [
-        row[0] for row in house(app).database.connection().execute("SELECT DISTINCT day FROM deliveries ORDER BY day")
+        row[0]
+        for row in house(app)
+        .database.connection()
+        .execute("SELECT DISTINCT day FROM deliveries ORDER BY day")
     ]
     assert days[0] == young
     assert counted(app, "stored") == 7
-    stored = next(row for row in client.get("/config").json["deliveries"] if row["outcome"] == "stored")
+    stored = next(
+        row for row in client.get("/config").json["deliveries"] if row["outcome"] == "stored"
+    )
     assert (stored["today"], stored["count"]) == (2, 7)
 
 
@@ -781,9 +911,9 @@ def test_a_rolled_back_delivery_is_not_counted_as_stored(app, client, monkeypatc
     assert [counted(app, "stored"), counted(app, "queued")] == [1, 1]
 
 
-# ----------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # Backup
-# ----------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 
 
 def test_a_backup_is_one_consistent_file_while_deliveries_come_in(app, client, tmp_path):
@@ -795,7 +925,10 @@ def test_a_backup_is_one_consistent_file_while_deliveries_come_in(app, client, t
         with app.test_client() as other:
             while not stop.is_set():
                 posted.append(
-                    post(other, event_payload(f"meanwhile {len(posted)}", extra=os.urandom(2000).hex())).status_code
+                    post(
+                        other,
+                        event_payload(f"meanwhile {len(posted)}", extra=os.urandom(2000).hex()),
+                    ).status_code
                 )
         house(app).database.close()
 
@@ -858,9 +991,9 @@ def test_a_backup_that_cannot_be_made_says_why_and_harms_nothing(app, tmp_path, 
     assert (tmp_path / "there.db").read_text() == "precious"
 
 
-# ----------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # Reports to Sentry
-# ----------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 
 
 @pytest.fixture
@@ -905,9 +1038,17 @@ def test_a_storage_failure_is_reported_without_content_or_secrets(make_app, tmp_
     (tmp_path / "data/errors.db").write_bytes(b"no database " * 1000)
     secrets = {"SENTRY_CLIENT_SECRET": "c0nfidential-secret", "API_TOKEN": "c0nfidential-token"}
     client = make_app(SENTRY_DSN=dsn, **secrets).test_client()
-    body = wire(event_payload(title="c0nfidential title", request={"url": "https://c0nfidential.example.com"}))
+    body = wire(
+        event_payload(
+            title="c0nfidential title", request={"url": "https://c0nfidential.example.com"}
+        )
+    )
     signature = sign(body, secrets["SENTRY_CLIENT_SECRET"])
-    headers = {"Authorization": "Bearer c0nfidential-token", "Cookie": "c0nfidential=1", "X_Own": "c0nfidential"}
+    headers = {
+        "Authorization": "Bearer c0nfidential-token",
+        "Cookie": "c0nfidential=1",
+        "X_Own": "c0nfidential",
+    }
     assert post(client, body, **signature, **headers).status_code == 202
     (event,) = reported(envelopes)
     assert [value["type"] for value in event["exception"]["values"]][-1] == "DatabaseError"
@@ -915,7 +1056,14 @@ def test_a_storage_failure_is_reported_without_content_or_secrets(make_app, tmp_
     sent = b"".join(body for _, body in envelopes)
     assert b"c0nfidential" not in sent
     assert signature["Sentry-Hook-Signature"].encode() not in sent
-    for key in (b'"vars"', b'"context_line"', b'"request"', b'"breadcrumbs"', b'"server_name"', b'"user"'):
+    for key in (
+        b'"vars"',
+        b'"context_line"',
+        b'"request"',
+        b'"breadcrumbs"',
+        b'"server_name"',
+        b'"user"',
+    ):
         assert key not in sent
 
 
@@ -936,7 +1084,9 @@ def test_a_fault_is_reported_without_its_words(make_app, sentry):
     client = app.test_client()
     post(client, event_payload())
     with house(app).database.turn() as connection:
-        connection.execute("UPDATE errors SET payload = 'c0nfidential', payload_bytes = length('c0nfidential')")
+        connection.execute(
+            "UPDATE errors SET payload = 'c0nfidential', payload_bytes = length('c0nfidential')"
+        )
     reply = client.get("/errors/1")
     assert (reply.status_code, list(reply.json)) == (500, ["error"])
     assert "c0nfidential" not in reply.text
@@ -947,12 +1097,16 @@ def test_a_fault_is_reported_without_its_words(make_app, sentry):
 
 def test_what_others_do_wrong_is_not_reported(make_app, sentry):
     dsn, envelopes = sentry
-    client = make_app(SENTRY_DSN=dsn, SENTRY_CLIENT_SECRET=SECRET, MAX_BODY_BYTES="5000").test_client()
+    client = make_app(
+        SENTRY_DSN=dsn, SENTRY_CLIENT_SECRET=SECRET, MAX_BODY_BYTES="5000"
+    ).test_client()
     body = wire(event_payload())
     assert post(client, body).status_code == 401
     assert post(client, b"[]", **sign(b"[]")).status_code == 400
     assert post(client, b"x" * 5001).status_code == 413
-    assert [client.get(path).status_code for path in ("/errors/7", "/errors?limit=x", "/nowhere")] == [404, 400, 404]
+    assert [
+        client.get(path).status_code for path in ("/errors/7", "/errors?limit=x", "/nowhere")
+    ] == [404, 400, 404]
     assert client.put("/errors").status_code == 405
     assert post(client, body, **sign(body)).status_code == 201
     assert reported(envelopes) == []
@@ -966,16 +1120,18 @@ def test_the_dsn_is_never_shown(make_app, sentry):
     assert client.get("/config").json["sentry_dsn_set"] is True
 
 
-# ----------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # Deliveries that are committed together
-# ----------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 
 
 def hand_over(app, payload):
     """Hand a delivery to the app as a server does; return its reply, for which the server has not asked yet."""
     started = []
     environ = EnvironBuilder("/sentry/webhook", method="POST", data=wire(payload)).get_environ()
-    return started, app.wsgi_app(environ, lambda status, headers: started.append((status, dict(headers))))
+    return started, app.wsgi_app(
+        environ, lambda status, headers: started.append((status, dict(headers)))
+    )
 
 
 def ask_for(reply):
@@ -999,8 +1155,17 @@ def test_deliveries_that_are_here_together_share_a_commit(app):
         (201, "stored", 3),
         (200, "duplicate", 1),
     ]
-    assert [started[0][1].get("Location") for started, _ in replies] == ["/errors/1", "/errors/2", "/errors/3", None]
-    assert (event_ids(app), counted(app, "stored"), counted(app, "duplicate")) == (["a", "b", "c"], 3, 1)
+    assert [started[0][1].get("Location") for started, _ in replies] == [
+        "/errors/1",
+        "/errors/2",
+        "/errors/3",
+        None,
+    ]
+    assert (event_ids(app), counted(app, "stored"), counted(app, "duplicate")) == (
+        ["a", "b", "c"],
+        3,
+        1,
+    )
 
 
 def test_a_delivery_that_cannot_be_stored_costs_the_others_nothing(app):
@@ -1033,19 +1198,24 @@ def test_a_delivery_is_stored_even_if_nobody_asks_for_the_reply(app):
 
 def test_threads_that_deliver_at_once_all_get_their_own_reply(app):
     def deliver(start):
-        answers = [ask_for(hand_over(app, event_payload(f"{number}"))) for number in range(start, start + 10)]
+        answers = [
+            ask_for(hand_over(app, event_payload(f"{number}")))
+            for number in range(start, start + 10)
+        ]
         house(app).database.close()  # a thread has a connection of its own
         return answers
 
     with ThreadPoolExecutor(8) as pool:
         answers = [answer for answers in pool.map(deliver, range(0, 80, 10)) for answer in answers]
     ids = {row["event_id"]: row["id"] for row in app.test_client().get("/errors").json}
-    assert [(status, answer["id"]) for status, answer in answers] == [(201, ids[f"{number}"]) for number in range(80)]
+    assert [(status, answer["id"]) for status, answer in answers] == [
+        (201, ids[f"{number}"]) for number in range(80)
+    ]
 
 
-# ----------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # What workers tell each other, and what stands in the way
-# ----------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 
 
 def test_only_one_of_all_workers_waits_for_a_lock(make_app, monkeypatch):
@@ -1060,7 +1230,9 @@ def test_only_one_of_all_workers_waits_for_a_lock(make_app, monkeypatch):
         assert seconds_to_post(first.test_client(), event_payload("d"), 202) > 0.4
 
 
-def test_a_spooled_file_that_cannot_be_read_is_told_of_and_holds_up_nobody(app, client, monkeypatch, start_log):
+def test_a_spooled_file_that_cannot_be_read_is_told_of_and_holds_up_nobody(
+    app, client, monkeypatch, start_log
+):
     monkeypatch.setattr(collector, "WAIT_SECONDS", 0.1)
     (house(app).spool.folder / "0-0.delivery").mkdir()
     with locked(app):
@@ -1087,7 +1259,11 @@ def test_the_wal_stays_short_without_a_checkpoint_before_a_reply(app, client):
     wal, statements = Path(f"{house(app).database.path}-wal"), []
     house(app).database.connection().set_trace_callback(statements.append)
     for number in range(400):
-        client.post("/sentry/webhook", data=wire(event_payload(str(number), extra="x" * 20_000)), buffered=True)
+        client.post(
+            "/sentry/webhook",
+            data=wire(event_payload(str(number), extra="x" * 20_000)),
+            buffered=True,
+        )
         house(app).kept_house_at = 0
     assert 1 <= statements.count("PRAGMA wal_checkpoint(PASSIVE)") <= 10
     assert wal.stat().st_size < 8_000_000

@@ -53,12 +53,15 @@ def check_readable(client, id_):
 
 def tally(client):
     """Return the counts of deliveries as /config shows them, by outcome and reason."""
-    return {(row["outcome"], row["reason"]): row["count"] for row in client.get("/config").json["deliveries"]}
+    return {
+        (row["outcome"], row["reason"]): row["count"]
+        for row in client.get("/config").json["deliveries"]
+    }
 
 
-# ----------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # The answers
-# ----------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("path", ["/sentry/webhook", "/sentry/webhook/"])
@@ -67,7 +70,10 @@ def test_a_new_error_is_stored_and_known_when_it_comes_again(app, client, path):
     assert (first.status_code, first.headers["Location"]) == (201, "/errors/1")
     assert first.json == {"status": "stored", "id": 1, "url": "/errors/1"}
     again = client.post(path, data=wire(event_payload(title="another")))
-    assert (again.status_code, again.json) == (200, {"status": "duplicate", "id": 1, "url": "/errors/1"})
+    assert (again.status_code, again.json) == (
+        200,
+        {"status": "duplicate", "id": 1, "url": "/errors/1"},
+    )
     assert "Location" not in again.headers
     assert count_rows(app) == 1
 
@@ -86,7 +92,11 @@ def test_every_sample_that_is_an_error_is_stored_and_can_be_read(make_app, name)
 def test_a_delivery_that_is_no_error_is_ignored_whatever_is_accepted(make_app, name):
     app = make_app(SENTRY_ACTIONS="created,resolved,triggered")
     reply = post(app.test_client(), load(name), Sentry_Hook_Resource=name.split(".")[0])
-    assert (reply.status_code, reply.json["status"], list(reply.json)) == (200, "ignored", ["status", "reason"])
+    assert (reply.status_code, reply.json["status"], list(reply.json)) == (
+        200,
+        "ignored",
+        ["status", "reason"],
+    )
     assert "holds no new error" in reply.json["reason"]
     assert load(name)["action"] in reply.json["reason"]
     assert count_rows(app) == 0
@@ -96,12 +106,18 @@ def test_a_delivery_that_is_no_error_is_ignored_whatever_is_accepted(make_app, n
     ("payload", "words"),
     [
         (load("event_alert.triggered.javascript"), "SENTRY_ACTIONS=created,triggered"),
-        ({"action": "unresolved", "data": {"error": {"event_id": "1"}}}, "'unresolved' is not in SENTRY_ACTIONS"),
+        (
+            {"action": "unresolved", "data": {"error": {"event_id": "1"}}},
+            "'unresolved' is not in SENTRY_ACTIONS",
+        ),
         ({"action": "created", "data": {"unheard_of": {}}}, "no new error"),
         ({"action": "created", "data": None}, "no new error"),
         ({"action": "created"}, "no new error"),
         ({"action": "size_analysis_completed", "data": {"buildId": "1"}}, "no new error"),
-        ({"action": "triggered", "data": {"issue": {"id": "1"}, "activity": {}, "alert": {}}}, "no new error"),
+        (
+            {"action": "triggered", "data": {"issue": {"id": "1"}, "activity": {}, "alert": {}}},
+            "no new error",
+        ),
         ({"action": "e\u0301" * 5000, "data": {}}, "no new error"),
         ({"action": "\ud800\0\n", "data": {}}, "no new error"),
     ],
@@ -117,7 +133,9 @@ def test_what_is_not_accepted_is_ignored_with_a_reason(app, client, payload, wor
 def test_the_operator_says_which_actions_are_taken(make_app):
     app = make_app(SENTRY_ACTIONS=" triggered , unresolved ")
     client = app.test_client()
-    assert post(client, event_payload()).json["reason"] == "action 'created' is not in SENTRY_ACTIONS"
+    assert (
+        post(client, event_payload()).json["reason"] == "action 'created' is not in SENTRY_ACTIONS"
+    )
     assert post(client, load("event_alert.triggered.javascript")).status_code == 201
     assert post(client, {"action": "unresolved", "data": {"event": {}}}).status_code == 201
     assert post(client, load("legacy_plugin")).status_code == 201
@@ -147,9 +165,9 @@ def test_json_may_be_written_in_any_way(app, client):
     assert client.get("/errors/1").json["title"] == "Tüte ☕ \U0001f375"
 
 
-# ----------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # Which deliveries are the same
-# ----------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 
 ISSUE = {"action": "created", "data": {"issue": {"id": "77", "title": "of the issue"}}}
 
@@ -179,7 +197,12 @@ def test_an_issue_of_another_number_is_another(app, client):
 
 
 def test_a_delivery_without_ids_is_known_by_its_bytes(app, client):
-    payloads = [{"event": {"title": "a"}}, {"event": {"title": "b"}}, {"event": {"title": "a"}}, {"event": {}}]
+    payloads = [
+        {"event": {"title": "a"}},
+        {"event": {"title": "b"}},
+        {"event": {"title": "a"}},
+        {"event": {}},
+    ]
     assert statuses(client, *payloads) == ["stored", "stored", "duplicate", "stored"]
     assert [row["title"] for row in client.get("/errors").json] == [None, "b", "a"]
 
@@ -201,9 +224,9 @@ def test_an_event_id_is_the_same_as_text_and_as_a_number(app, client):
     assert statuses(client, event_payload("12"), event_payload(12)) == ["stored", "duplicate"]
 
 
-# ----------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # Bad input
-# ----------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(("body", "reason", "words"), BAD_BODIES, ids=range(len(BAD_BODIES)))
@@ -213,26 +236,80 @@ def test_bytes_that_are_no_delivery_are_refused_and_counted(app, client, body, r
 
 
 SURVIVABLE = [
-    event_payload(title="\ud800 lone", culprit="\udfff", tags=[["\ud800", "\udc00"]], extra={"\udfff": "\ud800"}),
+    event_payload(
+        title="\ud800 lone",
+        culprit="\udfff",
+        tags=[["\ud800", "\udc00"]],
+        extra={"\udfff": "\ud800"},
+    ),
     event_payload("\ud800", title="NUL \0 in it", level="\0"),
     event_payload(2**64, issue_id=2**70, project=2**63, timestamp=2**65, received=-(2**70)),
-    event_payload(-1, timestamp=10**400, exception={"values": [{"stacktrace": {"frames": [{"lineno": 2**63}]}}]}),
-    event_payload([], title=["a", "list"], message=[], culprit=[[]], level=["error"], platform=[1], release=["x"]),
-    event_payload({}, title={}, message={"a": 1}, environment=[None], logger=5, tags={"level": ["x"]}, metadata=[]),
-    event_payload(True, title=False, exception=[], breadcrumbs="none", request=[], threads={"values": {}}),
-    event_payload(exception={"values": [{"type": [], "value": {}, "module": 5, "mechanism": "x", "stacktrace": "y"}]}),
+    event_payload(
+        -1,
+        timestamp=10**400,
+        exception={"values": [{"stacktrace": {"frames": [{"lineno": 2**63}]}}]},
+    ),
+    event_payload(
+        [],
+        title=["a", "list"],
+        message=[],
+        culprit=[[]],
+        level=["error"],
+        platform=[1],
+        release=["x"],
+    ),
+    event_payload(
+        {},
+        title={},
+        message={"a": 1},
+        environment=[None],
+        logger=5,
+        tags={"level": ["x"]},
+        metadata=[],
+    ),
+    event_payload(
+        True, title=False, exception=[], breadcrumbs="none", request=[], threads={"values": {}}
+    ),
+    event_payload(
+        exception={
+            "values": [{"type": [], "value": {}, "module": 5, "mechanism": "x", "stacktrace": "y"}]
+        }
+    ),
     event_payload(exception={"values": [None, 5, {"mechanism": {"type": {}, "handled": "no"}}]}),
-    event_payload(breadcrumbs={"values": [{"timestamp": "x", "message": ["a"], "data": {"\ud800": float("inf")}}]}),
+    event_payload(
+        breadcrumbs={
+            "values": [{"timestamp": "x", "message": ["a"], "data": {"\ud800": float("inf")}}]
+        }
+    ),
     event_payload(timestamp=-62135596800, datetime="0001-01-01T00:00:00Z"),
     event_payload(timestamp=253402300799.999, web_url="javascript:alert(1)"),
     event_payload(
-        contexts={"a": [{"b": 1e308}]}, title="x" * 300_000, tags=[[str(number), "v" * 500] for number in range(500)]
+        contexts={"a": [{"b": 1e308}]},
+        title="x" * 300_000,
+        tags=[[str(number), "v" * 500] for number in range(500)],
     ),
-    {"action": "created", "data": {"issue": {"id": ["7"], "project": "slug", "metadata": 5, "shortId": {}}}},
+    {
+        "action": "created",
+        "data": {"issue": {"id": ["7"], "project": "slug", "metadata": 5, "shortId": {}}},
+    },
     {"action": "created", "data": {"event": {}, "issue": [], "project": ["x"]}},
-    {"action": "created", "data": {"error": {}}, "actor": {"id": 2**70, "name": ["\ud800"], "type": None}},
-    {"action": ["created"], "event": {"entries": [None, {"type": [], "data": 5}]}, "group": {"id": 2**70}},
-    {"id": [], "project": 5, "message": {}, "triggering_rules": {"a": 1}, "event": {"sentry.interfaces.Exception": 5}},
+    {
+        "action": "created",
+        "data": {"error": {}},
+        "actor": {"id": 2**70, "name": ["\ud800"], "type": None},
+    },
+    {
+        "action": ["created"],
+        "event": {"entries": [None, {"type": [], "data": 5}]},
+        "group": {"id": 2**70},
+    },
+    {
+        "id": [],
+        "project": 5,
+        "message": {},
+        "triggering_rules": {"a": 1},
+        "event": {"sentry.interfaces.Exception": 5},
+    },
 ]
 
 
@@ -255,9 +332,17 @@ def test_how_odd_values_are_kept(client):
     for payload in SURVIVABLE[:3]:
         post(client, payload)
     surrogates, nul, numbers = (client.get(f"/errors/{number}").json for number in (1, 2, 3))
-    assert (surrogates["title"], surrogates["culprit"], surrogates["tags"]) == ("? lone", "?", {"?": "?"})
+    assert (surrogates["title"], surrogates["culprit"], surrogates["tags"]) == (
+        "? lone",
+        "?",
+        {"?": "?"},
+    )
     assert (nul["event_id"], nul["title"], nul["level"]) == ("?", "NUL \ufffd in it", "\ufffd")
-    assert (numbers["event_id"], numbers["issue_id"], numbers["project_id"]) == (str(2**64), str(2**70), str(2**63))
+    assert (numbers["event_id"], numbers["issue_id"], numbers["project_id"]) == (
+        str(2**64),
+        str(2**70),
+        str(2**63),
+    )
     assert numbers["timestamp"] == numbers["received_at"]
 
 
@@ -284,7 +369,12 @@ def test_a_body_over_the_limit_is_refused_and_one_at_the_limit_is_not(make_app):
     app = make_app(MAX_BODY_BYTES=len(body))
     client = app.test_client()
     check_refused(
-        app, post(client, body + b" "), 413, str(len(body) + 1), f"the limit is {len(body)}", "MAX_BODY_BYTES"
+        app,
+        post(client, body + b" "),
+        413,
+        str(len(body) + 1),
+        f"the limit is {len(body)}",
+        "MAX_BODY_BYTES",
     )
     assert tally(client) == {("refused", "too large"): 1}
     assert post(client, body).status_code == 201
@@ -296,7 +386,8 @@ def test_six_megabytes_are_too_many_by_default_and_five_are_not(app, client):
 
 
 @pytest.mark.parametrize(
-    ("transfer_encoding", "length"), [("chunked", None), ("chunked", "20"), ("gzip, chunked", "20"), (None, None)]
+    ("transfer_encoding", "length"),
+    [("chunked", None), ("chunked", "20"), ("gzip, chunked", "20"), (None, None)],
 )
 def test_a_body_without_a_length_is_refused(app, client, transfer_encoding, length):
     environ = EnvironBuilder(
@@ -306,14 +397,18 @@ def test_a_body_without_a_length_is_refused(app, client, transfer_encoding, leng
         environ.pop(name, None)
         environ |= {name: value} if value else {}
     parts, status, headers = run_wsgi_app(app, environ, buffered=True)
-    check_refused(app, app.response_class(parts, status, headers), 411, "Content-Length", "not chunked")
+    check_refused(
+        app, app.response_class(parts, status, headers), 411, "Content-Length", "not chunked"
+    )
     assert tally(client) == {("refused", "no length"): 1}
 
 
 @pytest.mark.parametrize("length", ["-5", "many", "+20", "2_0", "２０"])
 def test_a_length_that_is_no_number_is_refused(app, client, length):
     environ = {"CONTENT_LENGTH": length}
-    reply = client.post("/sentry/webhook", input_stream=io.BytesIO(wire(event_payload())), environ_overrides=environ)
+    reply = client.post(
+        "/sentry/webhook", input_stream=io.BytesIO(wire(event_payload())), environ_overrides=environ
+    )
     assert reply.status_code in (400, 411)
     check_refused(app, reply, reply.status_code)
 
@@ -333,9 +428,9 @@ def test_a_browser_that_posts_nonsense_is_told_so_in_a_page(app, client):
     assert count_rows(app) == 0
 
 
-# ----------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # Signatures
-# ----------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 
 # Made with: openssl dgst -sha256 -hmac SECRET
 VECTORS = [
@@ -354,14 +449,22 @@ VECTORS = [
         b'{"action":"created","data":{"error":{"event_id":"v3","timestamp":100.0,"extra":[1e-07,null]}}}',
         "2cd4308745d7eb8cce986a340f835983c8cac37561c50eb0bf68ec00b0fcab38",
     ),
-    ("gehëim 🍵", b'{"event": {"event_id": "v4"}}', "13f84c1cea4d2cd724a2057801888b4a95be36c60164c17b1b231e22689210e6"),
+    (
+        "gehëim 🍵",
+        b'{"event": {"event_id": "v4"}}',
+        "13f84c1cea4d2cd724a2057801888b4a95be36c60164c17b1b231e22689210e6",
+    ),
 ]
 HEADER_NAMES = ["Sentry-Hook-Signature", "sentry-hook-signature", "SENTRY-HOOK-SIGNATURE"]
 
 
 @pytest.mark.parametrize("header", HEADER_NAMES)
-@pytest.mark.parametrize(("secret", "body", "signature"), VECTORS, ids=["plain", "escapes", "numbers", "secret"])
-def test_a_right_signature_is_accepted_and_one_bit_off_is_not(make_app, secret, body, signature, header):
+@pytest.mark.parametrize(
+    ("secret", "body", "signature"), VECTORS, ids=["plain", "escapes", "numbers", "secret"]
+)
+def test_a_right_signature_is_accepted_and_one_bit_off_is_not(
+    make_app, secret, body, signature, header
+):
     app = make_app(SENTRY_CLIENT_SECRET=secret)
     client = app.test_client()
     wrong = signature[:-1] + ("0" if signature[-1] != "0" else "1")
@@ -373,7 +476,9 @@ def test_a_right_signature_is_accepted_and_one_bit_off_is_not(make_app, secret, 
 def test_an_empty_body_may_be_signed_and_is_still_no_delivery(make_app):
     app = make_app(SENTRY_CLIENT_SECRET="test-client-secret")
     signature = "cff7ccd625537ce1a726fd29f7fc4beca8a15c96b6c9ee9b9461e149f57d4e88"
-    check_refused(app, post_bytes(app.test_client(), b"", Sentry_Hook_Signature=signature), 400, "not JSON")
+    check_refused(
+        app, post_bytes(app.test_client(), b"", Sentry_Hook_Signature=signature), 400, "not JSON"
+    )
 
 
 @pytest.mark.parametrize("secrets", ["old,new", "old , new", "new,,old,", "third, old,new"])
@@ -384,14 +489,20 @@ def test_while_secrets_change_each_of_them_signs(make_app, secrets):
     check_refused(app, post(client, body, **sign(body, "other")), 401, "Client Secret")
     check_refused(app, post(client, body, **sign(body, secrets)), 401, "Client Secret")
     check_refused(app, post(client, body, **sign(body, "")), 401, "Client Secret")
-    assert [post(client, body, **sign(body, secret)).status_code for secret in ("old", "new")] == [201, 200]
+    assert [post(client, body, **sign(body, secret)).status_code for secret in ("old", "new")] == [
+        201,
+        200,
+    ]
 
 
 def test_without_a_secret_a_signature_is_not_looked_at(app, client):
     assert post(client, event_payload(), Sentry_Hook_Signature="nonsense").status_code == 201
 
 
-REWRITTEN = {"action": "created", "data": {"error": {"event_id": "1", "title": "grün 🍵", "timestamp": 100.0}}}
+REWRITTEN = {
+    "action": "created",
+    "data": {"error": {"event_id": "1", "title": "grün 🍵", "timestamp": 100.0}},
+}
 WRONG_SIGNATURES = [
     (None, "signature missing", "header is missing", "legacy"),
     ("", "signature missing", "header is missing", "legacy"),
@@ -402,12 +513,21 @@ WRONG_SIGNATURES = [
     ("\xff" * 32, None, "wrong", "Sentry-Hook-Signature"),
     ("a" * 64, "signature wrong", "Client Secret", "SENTRY_CLIENT_SECRET"),
     ("A" * 5000, "signature length", "5000 characters", "64"),
-    (sign(wire(REWRITTEN), "another")["Sentry-Hook-Signature"], "signature wrong", "Client Secret", "integration"),
+    (
+        sign(wire(REWRITTEN), "another")["Sentry-Hook-Signature"],
+        "signature wrong",
+        "Client Secret",
+        "integration",
+    ),
 ]
 
 
-@pytest.mark.parametrize(("signature", "reason", "words", "remedy"), WRONG_SIGNATURES, ids=range(len(WRONG_SIGNATURES)))
-def test_a_wrong_signature_is_refused_with_what_is_wrong_and_how_to_mend_it(make_app, signature, reason, words, remedy):
+@pytest.mark.parametrize(
+    ("signature", "reason", "words", "remedy"), WRONG_SIGNATURES, ids=range(len(WRONG_SIGNATURES))
+)
+def test_a_wrong_signature_is_refused_with_what_is_wrong_and_how_to_mend_it(
+    make_app, signature, reason, words, remedy
+):
     app = make_app(SENTRY_CLIENT_SECRET=SECRET)
     client = app.test_client()
     body = wire(REWRITTEN)
@@ -448,10 +568,14 @@ def test_white_space_around_the_secret_is_found_out(make_app, secret):
     assert tally(client) == {("refused", "white space in secret"): 1}
 
 
-@pytest.mark.parametrize("body", [b"[" * 100_000, b"\xff\xfe\0", b"", b"NaN", b'{"a":1' + b"0" * 5000 + b"}"])
+@pytest.mark.parametrize(
+    "body", [b"[" * 100_000, b"\xff\xfe\0", b"", b"NaN", b'{"a":1' + b"0" * 5000 + b"}"]
+)
 def test_a_wrong_signature_of_broken_json_is_no_fault(make_app, body):
     app = make_app(SENTRY_CLIENT_SECRET=SECRET)
-    check_refused(app, post_bytes(app.test_client(), body, Sentry_Hook_Signature="a" * 64), 401, "wrong")
+    check_refused(
+        app, post_bytes(app.test_client(), body, Sentry_Hook_Signature="a" * 64), 401, "wrong"
+    )
 
 
 def test_size_goes_before_signature_and_signature_before_json(make_app):
@@ -464,7 +588,14 @@ def test_size_goes_before_signature_and_signature_before_json(make_app):
 
 def test_the_legacy_plugin_cannot_sign_and_is_told_so(make_app):
     app = make_app(SENTRY_CLIENT_SECRET=SECRET)
-    check_refused(app, post(app.test_client(), load("legacy_plugin")), 401, "missing", "plugin", "SENTRY_CLIENT_SECRET")
+    check_refused(
+        app,
+        post(app.test_client(), load("legacy_plugin")),
+        401,
+        "missing",
+        "plugin",
+        "SENTRY_CLIENT_SECRET",
+    )
 
 
 def test_the_read_token_is_not_asked_of_sentry(make_app):
@@ -472,9 +603,9 @@ def test_the_read_token_is_not_asked_of_sentry(make_app):
     assert post(app.test_client(), event_payload()).status_code == 201
 
 
-# ----------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # Being told: counts and log lines
-# ----------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 
 
 def test_deliveries_are_counted_by_outcome_and_reason_with_the_last_time(make_app):
@@ -494,7 +625,10 @@ def test_deliveries_are_counted_by_outcome_and_reason_with_the_last_time(make_ap
     post(client, event_payload("stored"), **sign(wire(event_payload("stored"))))
     for path in ("/", "/config"):
         shown = client.get(path).json
-        assert {(row["outcome"], row["reason"]): (row["count"], row["today"]) for row in shown["deliveries"]} == {
+        assert {
+            (row["outcome"], row["reason"]): (row["count"], row["today"])
+            for row in shown["deliveries"]
+        } == {
             ("stored", None): (2, 2),
             ("duplicate", None): (1, 1),
             ("ignored", "no error"): (1, 1),
@@ -516,7 +650,11 @@ def log_lines(caplog):
     logger = logging.getLogger("collector")
     logger.addHandler(caplog.handler)
     caplog.set_level(logging.INFO, logger="collector")
-    yield lambda: [record.getMessage() for record in caplog.records if record.getMessage().startswith("webhook ")]
+    yield lambda: [
+        record.getMessage()
+        for record in caplog.records
+        if record.getMessage().startswith("webhook ")
+    ]
     logger.removeHandler(caplog.handler)
 
 
@@ -524,13 +662,20 @@ def test_each_delivery_logs_one_line_and_nothing_of_its_content(make_app, log_li
     client = make_app(SENTRY_CLIENT_SECRET=SECRET).test_client()
     request_id = "0123456789abcdef0123456789abcdef"
     payload = event_payload(title="c0nfidential", web_url="https://c0nfidential")
-    bodies = [wire(payload), wire(payload), wire({"action": "commented", "data": {"c0nfidential": 1}}), b"c0nfidential"]
+    bodies = [
+        wire(payload),
+        wire(payload),
+        wire({"action": "commented", "data": {"c0nfidential": 1}}),
+        b"c0nfidential",
+    ]
     for body in bodies:
         post(client, body, **sign(body), Sentry_Hook_Resource="error", Request_ID=request_id)
     post(client, bodies[0], Sentry_Hook_Signature="c0nfidential" * 6, Cookie="c0nfidential")
     lines = log_lines()
     assert len(lines) == 5
-    for line, words in zip(lines, ("stored 1", "duplicate 1", "ignored", "refused 400", "refused 401"), strict=True):
+    for line, words in zip(
+        lines, ("stored 1", "duplicate 1", "ignored", "refused 400", "refused 401"), strict=True
+    ):
         assert words in line
         assert line.endswith(" ms")
     assert all(request_id in line and "error" in line for line in lines[:4])
@@ -538,7 +683,9 @@ def test_each_delivery_logs_one_line_and_nothing_of_its_content(make_app, log_li
     assert SECRET not in "".join(lines)
 
 
-@pytest.mark.parametrize("value", ["a\x1b[31mred", "a\x85b", "é" * 500, "a" * 5000, "stored 99; x; 1 ms"])
+@pytest.mark.parametrize(
+    "value", ["a\x1b[31mred", "a\x85b", "é" * 500, "a" * 5000, "stored 99; x; 1 ms"]
+)
 def test_a_header_cannot_forge_a_log_line(client, log_lines, value):
     action = {"action": f"x\n{value}", "data": {}}
     post(client, action, Sentry_Hook_Resource=value, Request_ID=value)
