@@ -1,15 +1,19 @@
 """Receive Sentry's webhooks, keep every new error, and give the latest one back."""
 
 import base64
+import errno
 import fcntl
 import hashlib
 import hmac
+import http.client
 import json
 import logging
 import math
 import os
 import re
 import sqlite3
+import string
+import sys
 import threading
 import time
 import zlib
@@ -17,17 +21,18 @@ from collections import Counter, deque
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing, contextmanager, suppress
 from datetime import UTC, datetime, timedelta
-from functools import partial
+from itertools import islice
 from pathlib import Path
+from urllib.parse import urlencode
 
 import click
 from dotenv import dotenv_values
-from flask import Blueprint, Flask, Response, current_app, render_template, request, url_for
+from flask import Blueprint, Flask, Response, current_app, g, render_template, request
 from markupsafe import Markup, escape
 from werkzeug.exceptions import HTTPException, abort
-from werkzeug.wsgi import ClosingIterator
+from werkzeug.sansio.utils import host_is_trusted
 
-VERSION = "1.0.0"
+VERSION = "2.0.0"
 log = logging.getLogger("collector")
 
 
@@ -349,6 +354,7 @@ def parse_error(payload, resource, received_at):
     for column, (parse, paths) in FIELDS.items():
         row[column] = pick(parts, parse, paths)
     row["timestamp"] = row["timestamp"] or received_at
+    row |= {"server": server_of(row["permalink"]), "category": "error"}
     return {key: cut(value, COLUMN_LENGTH) for key, value in row.items()}
 
 
@@ -417,34 +423,42 @@ def parse_detail(payload):
     }
 
 
+def server_of(url):
+    """Return the server of a URL, its host with any port that is not the usual one, else None."""
+    match = re.match(r"https?://([^/:?#]+)", url or "")
+    if not match:
+        return None
+    return "sentry.io" if match[1].endswith("sentry.io") else match[1]
+
+
 # --------------------------------------------------------------------------------------------------
 # Storage: all SQL and all files are here; knows no payload shapes
 # --------------------------------------------------------------------------------------------------
 
+# Columns of an error, in the order of the JSON keys.
 COLUMNS = (
-    "id received_at timestamp resource action event_id issue_id short_id title message culprit level status platform "
-    "logger environment release project_id project_slug project_name exception_type exception_value permalink rule"
+    "id received_at timestamp resource action event_id issue_id short_id title message culprit "
+    "level status platform logger environment release project_id project_slug project_name "
+    "exception_type exception_value permalink rule server category"
 ).split()
-SCHEMA_VERSION = 1  # as schema.sql sets it
-WAIT_SECONDS = (
-    3  # for the database's lock, by the first delivery that finds it taken, which is then spooled
-)
-TURN_SECONDS = 0.5  # of that before others are served meanwhile; writers of ours take milliseconds
-READ_SECONDS = 2  # for a read to wait for a writer, which only the rollback journal asks of it
+SCHEMA_VERSION = 2  # version of the database that this code reads and writes
+WAIT_SECONDS = 0.5  # longest wait of a delivery for the turn and the database's lock together
+PAUSE_SECONDS = 2  # time for which a worker leaves a database alone that it could not write
+READ_SECONDS = 0.5  # longest time for the queries of one page, or of one part of an export
+STEP_SECONDS = 0.05  # longest time of one step of maintenance
+BUSY = sqlite3.SQLITE_BUSY, sqlite3.SQLITE_LOCKED  # error codes of a lock that another holds
 LOCAL_FILE_SYSTEMS = (
     "bcachefs btrfs ext2 ext3 ext4 f2fs jfs overlay ramfs reiserfs tmpfs xfs zfs".split()
 )
-CHECKPOINT_CHANGES = (
-    1000  # of rows, about 130 errors: so the WAL stays short and is written over in place
-)
-LONG_WAL_BYTES = (
-    32 * 1024 * 1024
-)  # what a long foreign read, or a burst of large deliveries, lets it grow to
-SPOOL_BATCH, SPOOL_BATCH_BYTES = (
-    50,
-    1024 * 1024,
-)  # spooled deliveries that are moved in one transaction
-DELIVERY_DAYS = 90  # that the counts of deliveries are kept
+CHECKPOINT_TRANSACTIONS = 50  # transactions of a worker after which it moves the WAL into the file
+SPOOL_BATCH = 50  # spooled deliveries that are stored in one transaction
+SPOOL_BATCH_BYTES = 1024 * 1024  # bytes of their compressed bodies, after which a batch is full
+SPOOL_LIMIT = 100_000  # deliveries in the spool
+SPOOL_FREE_BYTES = 64 * 1024 * 1024  # bytes of the disk that the spool leaves free
+INDEX_BATCH = 200  # errors that are added to the search index in one transaction
+DELETE_BATCH = 50  # expired errors that are deleted in one transaction
+PAGE_CHARACTERS = 600_000  # most characters of a page, of which JSON makes up to twelve bytes each
+DELIVERY_DAYS = 90  # days for which the counts of deliveries are kept
 
 
 def in_microseconds(when):
@@ -452,384 +466,681 @@ def in_microseconds(when):
     return when.isoformat(timespec="microseconds").replace("+00:00", "Z")
 
 
-def now(days_ago=0):
-    """Return the time, or the time some days ago."""
-    return in_microseconds(datetime.now(UTC) - timedelta(days=days_ago))
+def now(**ago):
+    """Return the time as ISO 8601, or the time `ago`, as in now(days=2)."""
+    return in_microseconds(datetime.now(UTC) - timedelta(**ago))
 
 
 def choose_journal_mode(folder, mounts=Path("/proc/self/mountinfo")):
-    """Return WAL where `folder` is known to be on a local file system, else PERSIST: over a network WAL corrupts."""
-    folder, best, file_system = os.fsencode(os.path.realpath(folder)), -1, None
-    with suppress(OSError):
-        for line in mounts.read_bytes().splitlines():
-            about, _, kind = line.partition(b" - ")
-            mount = re.sub(
-                rb"\\([0-7]{3})", lambda octal: bytes([int(octal[1], 8)]), about.split(b" ")[4]
-            )
-            if os.path.commonpath((folder, mount)) == mount and len(mount) >= best:
-                best, file_system = len(mount), kind.split(b" ")[0].decode()
-    return "WAL" if file_system in LOCAL_FILE_SYSTEMS else "PERSIST"
+    """Return WAL for a folder on a local file system, else PERSIST, since over a network WAL corrupts."""
+    folder = os.fsencode(os.path.realpath(folder))
+    longest = -1
+    file_system = None
+    try:
+        lines = mounts.read_bytes().splitlines()
+    except OSError:
+        lines = []
+    for line in lines:
+        mount_fields, _, type_fields = line.partition(b" - ")
+        escaped = mount_fields.split(b" ")[4]
+        mount = re.sub(rb"\\([0-7]{3})", lambda octal: bytes([int(octal[1], 8)]), escaped)
+        is_above = os.path.commonpath((folder, mount)) == mount
+        if is_above and len(mount) >= longest:
+            longest = len(mount)
+            file_system = type_fields.split(b" ")[0].decode()
+    if file_system in LOCAL_FILE_SYSTEMS:
+        return "WAL"
+    return "PERSIST"
 
 
 def is_busy(error):
-    """Say whether an attempt failed only because another process holds a lock."""
-    code = (
-        getattr(error, "sqlite_errorcode", 0) & 0xFF
-    )  # the primary code; extended ones tell the kind of busy
-    return isinstance(error, BlockingIOError) or code in (
-        sqlite3.SQLITE_BUSY,
-        sqlite3.SQLITE_LOCKED,
-    )
+    """Return True if an attempt failed only because another process holds a lock."""
+    if isinstance(error, BlockingIOError):
+        return True
+    code = getattr(error, "sqlite_errorcode", 0)
+    return code & 0xFF in BUSY  # the primary code; extended ones tell the kind of lock
 
 
-def identity(path):
-    """Return what tells a file, by its path or descriptor, from another that took its place; None if there is none."""
-    with suppress(FileNotFoundError):
-        stat = os.stat(path)
-        return stat.st_dev, stat.st_ino
-    return None
+def is_interrupted(error):
+    """Return True if a query was ended because it took too long."""
+    return getattr(error, "sqlite_errorcode", 0) == sqlite3.SQLITE_INTERRUPT
+
+
+def read_steps():
+    """Return the steps of schema.sql, SQL by version."""
+    sql = Path(__file__).with_name("schema.sql").read_text(encoding="utf-8")
+    parts = re.split(r"^-- Version ([0-9]+).*$", sql, flags=re.MULTILINE)
+    return {int(version): step for version, step in zip(parts[1::2], parts[2::2], strict=True)}
 
 
 class Database:
-    """One SQLite file as several processes share it: each keeps a connection, and writers take turns."""
+    """One SQLite file that several processes share: each keeps a connection, and writers take turns."""
 
     def __init__(self, path):
-        self.path, self.gives_up_at = Path(path), math.inf  # monotonic; set when the service stops
-        self.journal_mode = choose_journal_mode(self.path.parent)
-        self.kept = threading.local()
-        self.is_first = False  # of all workers, to have found the database locked
-        self.changes, self.checkpointing = CHECKPOINT_CHANGES, None
-
-    def lock_file(self):
-        """Return the file that writers lock, opened. A byte in it says that somebody has waited in vain for a write."""
-        lock, path = getattr(self.kept, "lock", None), f"{self.path}.lock"
-        if lock is None or identity(lock.fileno()) != identity(path):
-            # A file of its own: to close any other descriptor of the database drops SQLite's locks on it.
-            lock = self.kept.lock = open(path, "ab")
-        return lock
-
-    def is_in_trouble(self):
-        """Say whether somebody has waited in vain for a write, and nobody has written since."""
-        with suppress(OSError):
-            return os.fstat(self.lock_file().fileno()).st_size > 0
-        return False
-
-    def note_trouble(self, wait):
-        """Tell all workers of a wait in vain, if it was a full one; say whether that is news."""
-        return wait is None and time.monotonic() < self.gives_up_at and self.mark_trouble(True)
-
-    def mark_trouble(self, is_there):
-        """Tell all workers whether there is trouble; say whether that is news."""
-        with suppress(OSError):  # it can only make others wait
-            if self.is_in_trouble() != is_there:
-                os.ftruncate(self.lock_file().fileno(), is_there)
-                return True
-        return False
-
-    def patiently(self, attempt, deadline):
-        """Call `attempt` until no lock is in its way; let it fail at the deadline, or soon if the service stops."""
-        while True:
-            try:
-                return attempt()
-            except (BlockingIOError, sqlite3.OperationalError) as error:
-                if not is_busy(error) or time.monotonic() >= min(deadline, self.gives_up_at):
-                    raise
-            time.sleep(0.00005)
+        self.path = path
+        self.journal_mode = choose_journal_mode(path.parent)
+        self.kept = None  # connection, opened on first use and so after the fork
+        self.lock = None  # file that writers lock
+        self.paused_until = -math.inf  # monotonic time
+        self.trouble = None  # error that made the pause
+        self.read_until = math.inf  # monotonic time at which the running query is ended
+        self.transactions = 0  # transactions since the last checkpoint
+        self.notify = lambda: None  # tells gunicorn that the worker is alive
 
     def connection(self):
-        """Return the kept connection to read with; it is opened on first use, and so after the fork."""
-        if self.is_stale():
-            with self.locked(time.monotonic() + TURN_SECONDS):
-                pass
-        return self.kept.connection
+        """Return the kept connection, its database at this code's version."""
+        if self.kept is None:
+            self.kept = self.open()
+        return self.kept
 
-    def is_stale(self):
-        """Say whether the kept connection is none, or one to a file that another has replaced, as a restore does."""
-        return getattr(self.kept, "connection", None) is None or self.kept.identity != identity(
-            self.path
-        )
-
-    @contextmanager
-    def locked(self, deadline):
-        """Hold the lock that all writers take, with a kept connection to the database as it is now."""
-        lock = self.lock_file()
-        # Polled, because a blocking flock knows no deadline.
-        try:
-            self.patiently(lambda: fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB), deadline)
-        except BlockingIOError as error:
-            raise BlockingIOError(
-                error.errno, "another process of the collector writes and takes long"
-            ) from None
-        try:
-            if self.is_stale():
-                self.discard_foreign_wal()
-                self.drop_connection()
-                self.kept.connection = self.patiently(self.open, deadline)
-                self.kept.identity, self.kept.wal = (
-                    identity(self.path),
-                    identity(f"{self.path}-wal"),
-                )
-            yield self.kept.connection
-        finally:
-            fcntl.flock(lock, fcntl.LOCK_UN)
-
-    def discard_foreign_wal(self):
-        """Remove a WAL that is not of the database beside it, as a restore may leave it: SQLite would apply it."""
-        # Before the old connection is closed: its open WAL keeps the inode from being used again.
-        kept, wal = getattr(self.kept, "wal", None), f"{self.path}-wal"
-        was_replaced = kept and kept == identity(wal) and self.kept.identity != identity(self.path)
-        if was_replaced or (Path(wal).exists() and self.is_complete()):
-            log.warning(
-                "the database was replaced; the WAL that was left of the one before is removed"
-            )
-            for name in (wal, f"{self.path}-shm"):
-                Path(name).unlink(missing_ok=True)
-        self.kept.wal = None
-
-    def is_complete(self):
-        """Say whether the database is by its header one without a WAL, as a backup is, and one in use never."""
-        # To read the header drops SQLite's locks of this process: only the first connection's are not there yet.
-        if threading.current_thread() is not threading.main_thread():
-            return False
-        try:
-            with open(self.path, "rb") as file:
-                return file.read(20)[18:] in (b"", b"\1\1")
-        except FileNotFoundError:
-            return True
+    def reader(self):
+        """Return the kept connection for reads, which end after READ_SECONDS from now."""
+        connection = self.connection()
+        self.read_until = time.monotonic() + READ_SECONDS
+        return connection
 
     def open(self):
-        """Return a connection to the database, its schema applied; the caller holds the lock."""
-        connection = sqlite3.connect(self.path, timeout=0, isolation_level=None)
+        """Return a new connection, after the steps that the database misses."""
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        connection = sqlite3.connect(self.path, timeout=WAIT_SECONDS, isolation_level=None)
         try:
             connection.row_factory = sqlite3.Row
-            connection.execute(f"PRAGMA journal_mode = {self.journal_mode}")
+            connection.set_progress_handler(self.is_out_of_time, 10_000)
+            self.read_until = math.inf
+            self.prepare(connection)
             connection.execute("PRAGMA synchronous = FULL")
-            connection.execute(
-                "PRAGMA journal_size_limit = 16777216"
-            )  # bytes; what a long reader let the WAL grow to
-            connection.execute(
-                "PRAGMA wal_autocheckpoint = 0"
-            )  # it would hold up the reply to who happens to be next
-            if connection.execute("PRAGMA user_version").fetchone()[0] != SCHEMA_VERSION:
-                schema = Path(__file__).with_name("schema.sql").read_text(encoding="utf-8")
-                connection.executescript(f"BEGIN IMMEDIATE; {schema}; COMMIT")
-            connection.execute(f"PRAGMA busy_timeout = {READ_SECONDS * 1000}")
+            # A WAL that a long read of another program let grow is cut to this many bytes.
+            connection.execute("PRAGMA journal_size_limit = 16777216")
+            # SQLite's own checkpoint would delay the reply to whoever comes next.
+            connection.execute("PRAGMA wal_autocheckpoint = 0")
         except BaseException:
             connection.close()
             raise
         return connection
 
-    @contextmanager
-    def turn(self, wait=None):
-        """Yield a connection inside a write transaction of its own, in turn with all other writers, and commit it.
+    def is_out_of_time(self):
+        """Return True if the running query has had its time."""
+        return time.monotonic() > self.read_until
 
-        Raises sqlite3.Error or OSError if the database cannot be written within `wait` seconds. Who has waited in vain
-        for TURN_SECONDS tells all workers, and nobody waits again until a write succeeds: a crowd would fill them all.
-        """
-        self.is_first, patience = False, 0.01 if self.is_in_trouble() else TURN_SECONDS
-        deadline = time.monotonic() + (patience if wait is None else wait)
+    def prepare(self, connection):
+        """Bring the database to this code's version and journal mode; leave a newer one alone."""
+        version = self.version(connection)
+        mode = connection.execute("PRAGMA journal_mode").fetchone()[0]
+        if version == SCHEMA_VERSION and mode.upper() == self.journal_mode:
+            return
         try:
-            with self.locked(deadline) as connection:
-                connection.execute("PRAGMA busy_timeout = 0")  # to wait is `patiently`'s
-                try:
-                    try:
-                        self.patiently(lambda: connection.execute("BEGIN IMMEDIATE"), deadline)
-                    except sqlite3.OperationalError:
-                        self.is_first = self.note_trouble(
-                            wait
-                        )  # in turn, so that one of all workers is
-                        raise
-                    before = connection.total_changes
-                    yield connection
-                    self.changes += connection.total_changes - before
-                    self.patiently(lambda: connection.execute("COMMIT"), deadline)
-                finally:
-                    if connection.in_transaction:
-                        connection.execute("ROLLBACK")
-                    connection.execute(f"PRAGMA busy_timeout = {READ_SECONDS * 1000}")
-        except (sqlite3.Error, OSError) as error:
-            self.note_trouble(wait)
-            if not is_busy(error):
-                self.drop_connection()
+            with self.turn(time.monotonic() + WAIT_SECONDS):
+                connection.execute(f"PRAGMA journal_mode = {self.journal_mode}")
+                self.upgrade(connection)
+        except (BlockingIOError, sqlite3.OperationalError) as error:
+            if is_busy(error) and version:
+                change = f"from version {version} to {SCHEMA_VERSION}"
+                raise sqlite3.OperationalError(
+                    f"its schema has to be changed {change}, and another process holds its lock"
+                ) from error
             raise
-        self.mark_trouble(False)
+
+    def version(self, connection):
+        """Return the version of the database; raise sqlite3.DatabaseError for a newer one."""
+        version = connection.execute("PRAGMA user_version").fetchone()[0]
+        if version > SCHEMA_VERSION:
+            raise sqlite3.DatabaseError(
+                f"it is of version {version}, made by a newer collector, and this one knows "
+                f"{SCHEMA_VERSION}; run the newer collector, or restore a backup made before it"
+            )
+        return version
+
+    def upgrade(self, connection):
+        """Apply the missing steps of the schema in one transaction; the caller has the turn."""
+        version = self.version(connection)  # once more: another worker may have done it
+        steps = [step for number, step in sorted(read_steps().items()) if number > version]
+        if not steps:
+            return
+        if version:
+            log.warning("changing the database from version %d to %d", version, SCHEMA_VERSION)
+        started = time.monotonic()
+        connection.create_function("server_of", 1, server_of, deterministic=True)
+        connection.create_function("body_digest", 2, packed_digest, deterministic=True)
+        script = "\n".join(steps)
+        try:
+            with alive(self.notify):
+                connection.executescript(
+                    f"BEGIN IMMEDIATE; {script}; PRAGMA user_version = {SCHEMA_VERSION}; COMMIT"
+                )
+        finally:
+            if connection.in_transaction:
+                connection.execute("ROLLBACK")
+        if version:
+            log.warning("changed the database in %.1f s", time.monotonic() - started)
+
+    @contextmanager
+    def turn(self, deadline):
+        """Hold the lock that all writers of the collector take, or raise BlockingIOError at the deadline."""
+        if self.lock is None:
+            # A file of its own: closing any other descriptor of the database drops SQLite's locks.
+            self.lock = open(f"{self.path}.lock", "ab")
+        while True:
+            try:
+                fcntl.flock(self.lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                break
+            except BlockingIOError as error:
+                if time.monotonic() > deadline:
+                    raise BlockingIOError(
+                        error.errno, "another process of the collector is writing"
+                    ) from None
+            time.sleep(0.0002)
+        try:
+            yield
+        finally:
+            fcntl.flock(self.lock, fcntl.LOCK_UN)
+
+    @contextmanager
+    def transaction(self, seconds=WAIT_SECONDS):
+        """Run the block in a write transaction, in turn with all other writers, and commit it.
+
+        Yields the connection. Raises sqlite3.Error or OSError if the database cannot be written within
+        `seconds`. A worker that has waited in vain for WAIT_SECONDS, or met another fault, leaves the
+        database alone for PAUSE_SECONDS, so that deliveries are spooled at once.
+        """
+        if self.is_paused():
+            raise self.trouble.with_traceback(None)
+        deadline = time.monotonic() + seconds
+        try:
+            connection = self.connection()
+            self.read_until = math.inf
+            with self.turn(deadline):
+                milliseconds = max(0, int((deadline - time.monotonic()) * 1000))
+                connection.execute(f"PRAGMA busy_timeout = {milliseconds}")
+                connection.execute("BEGIN IMMEDIATE")
+                yield connection
+                connection.execute("COMMIT")
+                self.transactions += 1
+        except (sqlite3.Error, OSError) as error:
+            if not is_busy(error):
+                self.close_connection()
+            if seconds == WAIT_SECONDS or not is_busy(error):
+                self.paused_until = time.monotonic() + PAUSE_SECONDS
+                self.trouble = error
+            raise
+        finally:
+            if self.kept is not None:
+                if self.kept.in_transaction:
+                    self.kept.execute("ROLLBACK")
+                # Reads wait as long as ever: even in WAL mode a checkpoint can make one wait.
+                self.kept.execute(f"PRAGMA busy_timeout = {int(WAIT_SECONDS * 1000)}")
+
+    def is_paused(self):
+        """Return True if this worker leaves the database alone for now."""
+        return time.monotonic() < self.paused_until
 
     def checkpoint(self):
-        """Move what the WAL holds into the database, if it is time to; a long one is left to a thread."""
-        if self.changes < CHECKPOINT_CHANGES or (
-            self.checkpointing and self.checkpointing.is_alive()
-        ):
+        """Move what the WAL holds into the database file, if there is enough of it."""
+        if self.transactions < CHECKPOINT_TRANSACTIONS:
             return
-        with suppress(FileNotFoundError):  # another journal mode has no WAL
-            if os.stat(f"{self.path}-wal").st_size < LONG_WAL_BYTES:
-                self.run_checkpoint()
-            else:  # deliveries are spooled meanwhile, not kept waiting
-                self.checkpointing = threading.Thread(target=self.run_long_checkpoint, daemon=True)
-                self.checkpointing.start()
+        # In turn with the writers: SQLite before 3.51.3 may corrupt a WAL written and reset at once.
+        with self.turn(time.monotonic()):
+            self.connection().execute("PRAGMA wal_checkpoint(PASSIVE)").fetchall()
+        self.transactions = 0
 
-    def run_checkpoint(self):
-        # In turn with the writers: SQLite before 3.51.3 may corrupt a WAL that is written and reset at once.
-        with self.locked(time.monotonic() + 0.1) as connection:
-            connection.execute("PRAGMA wal_checkpoint(PASSIVE)").fetchall()
-            self.changes = 0
-
-    def run_long_checkpoint(self):
-        try:
-            self.run_checkpoint()
-        except (sqlite3.Error, OSError) as error:
-            log.warning("a checkpoint of the WAL has to be made again: %s", error)
-        finally:
-            self.close()
-
-    def drop_connection(self):
+    def close_connection(self):
         """Close the kept connection; the next use opens one anew."""
-        connection, self.kept.connection = getattr(self.kept, "connection", None), None
+        connection = self.kept
+        self.kept = None
         if connection is not None:
             with suppress(sqlite3.Error):
                 connection.close()
 
     def close(self):
-        """Close all that is kept, as before a fork."""
-        if self.checkpointing not in (None, threading.current_thread()):
-            self.checkpointing.join()
-        self.drop_connection()
-        lock, self.kept.lock = getattr(self.kept, "lock", None), None
-        if lock is not None:
-            lock.close()
+        """Close the connection and the lock file."""
+        self.close_connection()
+        if self.lock is not None:
+            self.lock.close()
+            self.lock = None
 
 
-SAME_BYTES = "event_id IS NULL AND issue_id IS NULL AND payload_bytes = :payload_bytes AND payload = :payload"
-INSERT = f"""
-INSERT INTO errors ({", ".join(COLUMNS[1:])}, payload_bytes, payload)
-SELECT {", ".join(f":{name}" for name in COLUMNS[1:])}, :payload_bytes, :payload
-WHERE CASE
-    WHEN :event_id IS NOT NULL THEN TRUE  -- the unique index decides
-    WHEN :issue_id IS NOT NULL THEN NOT EXISTS (SELECT 1 FROM errors WHERE issue_id = :issue_id)
-    ELSE NOT EXISTS (SELECT 1 FROM errors WHERE {SAME_BYTES})
-END
-ON CONFLICT DO NOTHING RETURNING id
-"""
+@contextmanager
+def alive(notify):
+    """Call `notify` once a second while the block runs, so that gunicorn does not end the worker."""
+    is_over = threading.Event()
+
+    def repeat():
+        while not is_over.wait(1):
+            notify()
+
+    thread = threading.Thread(target=repeat, daemon=True)
+    thread.start()
+    try:
+        yield
+    finally:
+        is_over.set()
+        thread.join()
 
 
 def pack(body):
-    """Return the payload columns for a body (bytes): to be made before a turn, so that nobody waits for it."""
+    """Return the columns of `bodies` for a body (bytes), made before the transaction and so for nobody to wait."""
     packed = zlib.compress(body, 1)
-    # sqlar_uncompress takes a blob of the stated length for one that is not compressed.
-    return {"payload_bytes": len(body), "payload": packed if len(packed) < len(body) else body}
+    if len(packed) >= len(body):
+        packed = body  # sqlar_uncompress takes a blob of the stated length for one not compressed
+    return {"payload_bytes": len(body), "payload": packed, "body_digest": digest(body)}
+
+
+def unpack(payload, payload_bytes):
+    """Return the body (bytes) of the columns that pack made."""
+    if len(payload) == payload_bytes:
+        return payload
+    return zlib.decompress(payload)
+
+
+def digest(body):
+    """Return what tells a body (bytes) from any other."""
+    return hashlib.sha256(body).hexdigest()[:32]
+
+
+def packed_digest(payload, payload_bytes):
+    """Return the digest of a packed body, for the schema's step to version 2."""
+    return digest(unpack(payload, payload_bytes))
+
+
+# What a delivery says of the server and the project must not contradict what is known; what either
+# side does not say matches.
+SAME_PLACE = """
+    coalesce(server = :server, TRUE)
+    AND CASE
+        WHEN project_id IS NOT NULL AND :project_id IS NOT NULL THEN project_id = :project_id
+        ELSE coalesce(project_slug = :project_slug, TRUE)
+    END
+"""
+SCOPE = (
+    "server",
+    "project_id",
+    "project_slug",
+    "project_name",
+)  # columns learnt from later deliveries
+
+
+def identity(row):
+    """Return the condition that finds the stored error which a delivery's row is, if it is there."""
+    is_usual = row["action"] in (None, "created", "triggered")
+    if is_usual and row["event_id"]:
+        return f"event_id = :event_id AND {SAME_PLACE}"
+    if is_usual and row["issue_id"]:
+        return f"issue_id = :issue_id AND {SAME_PLACE}"
+    return "digest = :digest"
 
 
 def insert_error(connection, row):
-    """Insert a row, its payload columns with it, unless it is there already; return its id and whether it is new."""
-    found = connection.execute(INSERT, row).fetchone()
-    if found:
-        return found["id"], True
-    known = (
-        "event_id = :event_id"
-        if row["event_id"]
-        else "issue_id = :issue_id"
-        if row["issue_id"]
-        else SAME_BYTES
+    """Insert a row and its body unless the error is there; return its id, and True if it is new.
+
+    `row` has the keys of COLUMNS but for the id, and those of pack. The caller's transaction makes
+    looking and inserting one step.
+    """
+    condition = identity(row)
+    row = row | {"digest": None}
+    if condition.startswith("digest"):
+        row["digest"] = row["body_digest"]
+    names = ", ".join(("id", *SCOPE))
+    sql = f"SELECT {names} FROM errors WHERE {condition} ORDER BY id LIMIT 1"
+    stored = connection.execute(sql, row).fetchone()
+    if stored is None:
+        return insert_row(connection, row | {"id": None}), True
+    learn_scope(connection, stored, row)
+    return stored["id"], False
+
+
+def insert_row(connection, row):
+    """Insert a row and its body as they are; return the error's id."""
+    id_ = connection.execute(INSERT_ERROR, row).lastrowid
+    connection.execute(
+        "INSERT INTO bodies VALUES (?, ?, ?)", (id_, row["payload_bytes"], row["payload"])
     )
-    return connection.execute(f"SELECT min(id) FROM errors WHERE {known}", row).fetchone()[0], False
+    return id_
+
+
+INSERT_ERROR = "INSERT INTO errors ({}, digest) VALUES ({}, :digest)".format(
+    ", ".join(COLUMNS), ", ".join(f":{name}" for name in COLUMNS)
+)
+
+
+def learn_scope(connection, stored, row):
+    """Add to a stored error what a later delivery of it says of the server and the project.
+
+    The row is inserted anew under its id, so that the triggers and the search index follow.
+    """
+    learnt = {name: row[name] for name in SCOPE if stored[name] is None and row[name] is not None}
+    if not learnt:
+        return
+    id_ = stored["id"]
+    sql = "SELECT * FROM errors JOIN bodies USING (id) WHERE id = ?"
+    whole = dict(connection.execute(sql, (id_,)).fetchone())
+    delete_errors(connection, [id_])
+    insert_row(connection, whole | learnt)
+    if id_ <= indexed_to(connection):
+        index_rows(connection, [whole | learnt])
+
+
+def delete_errors(connection, ids):
+    """Delete errors with their bodies and what the search index holds of them."""
+    marks = ", ".join("?" * len(ids))
+    sql = f"SELECT * FROM errors WHERE id IN ({marks}) AND id <= ?"
+    for row in connection.execute(sql, (*ids, indexed_to(connection))).fetchall():
+        connection.execute(UNINDEX, (row["id"], *search_texts(row)))
+    connection.execute(f"DELETE FROM errors WHERE id IN ({marks})", ids)
 
 
 def select_error(connection, id_):
-    """Return an error's row without its payload, or None."""
-    return connection.execute(
-        f"SELECT {', '.join(COLUMNS)} FROM errors WHERE id = ?", (id_,)
-    ).fetchone()
+    """Return an error's row, or None."""
+    sql = f"SELECT {', '.join(COLUMNS)} FROM errors WHERE id = ?"
+    return connection.execute(sql, (id_,)).fetchone()
 
 
 def select_body(connection, id_):
-    """Return the body of a stored delivery as it was received (bytes)."""
-    row = connection.execute(
-        "SELECT payload, payload_bytes FROM errors WHERE id = ?", (id_,)
-    ).fetchone()
+    """Return the body of a stored delivery as it was received (bytes), or None."""
+    sql = "SELECT payload, payload_bytes FROM bodies WHERE id = ?"
+    row = connection.execute(sql, (id_,)).fetchone()
     if row is None:
         return None
-    return (
-        row["payload"]
-        if len(row["payload"]) == row["payload_bytes"]
-        else zlib.decompress(row["payload"])
-    )
+    return unpack(row["payload"], row["payload_bytes"])
 
 
-FACETS = {  # as schema.sql makes them: the filter's name, the column
-    "project": "project_slug",
-    "level": "level",
-    "environment": "environment",
-    "platform": "platform",
-    "issue": "issue_id",
+# The search index
+
+# Filters of the query string, each with the columns it is compared with.
+FACETS = {
+    "project": ("project_slug", "project_id"),
+    "level": ("level",),
+    "environment": ("environment",),
+    "platform": ("platform",),
+    "release": ("release",),
+    "category": ("category",),
+    "server": ("server",),
+    "issue": ("issue_id",),
 }
+SEARCHED = "title message culprit exception_type exception_value".split()
+# Chinese, Japanese and Korean text has no spaces between words, so each of its characters is one.
+CJK = re.compile(
+    "([\u1100-\u11ff\u2e80-\u9fff\ua960-\ua97f\uac00-\ud7ff\uf900-\ufaff\U00020000-\U0003ffff])"
+)
+SEARCH_COLUMNS = ", ".join((*SEARCHED, "facets"))
+INDEX = f"INSERT INTO errors_search (rowid, {SEARCH_COLUMNS}) VALUES (?, ?, ?, ?, ?, ?, ?)"
+UNINDEX = (
+    f"INSERT INTO errors_search (errors_search, rowid, {SEARCH_COLUMNS}) "
+    "VALUES ('delete', ?, ?, ?, ?, ?, ?, ?)"
+)
+
+
+def spaced(value):
+    """Return text with each Chinese, Japanese or Korean character as a word of its own."""
+    if value is None or value.isascii():
+        return value
+    return CJK.sub(r" \1 ", value)
+
+
+def facet(name, value):
+    """Return a value to filter by as one word, which no searched word can be."""
+    return f"\ue000{name}{value.encode().hex()}"
+
+
+def search_texts(row):
+    """Return the texts of the search index for an error, in the order of SEARCH_COLUMNS.
+
+    The index can forget only what it was given: to change this, fill the index anew by a schema step.
+    """
+    facets = []
+    for name, columns in FACETS.items():
+        for column in columns:
+            if row[column]:
+                facets.append(facet(name, row[column]))
+    return [*(spaced(row[column]) for column in SEARCHED), " ".join(facets)]
+
+
+def indexed_to(connection):
+    """Return the id up to which errors are in the search index."""
+    return connection.execute("SELECT indexed_to FROM search_progress").fetchone()[0]
+
+
+def index_rows(connection, rows):
+    """Add errors to the search index."""
+    connection.executemany(INDEX, [(row["id"], *search_texts(row)) for row in rows])
+
+
+def count_unindexed(connection):
+    """Return how many errors may be missing in the search index."""
+    sql = """SELECT coalesce((SELECT seq FROM sqlite_sequence WHERE name = 'errors'), 0)
+        - indexed_to FROM search_progress"""
+    return connection.execute(sql).fetchone()[0]
+
+
+def extend_index(database, seconds=STEP_SECONDS):
+    """Add a batch of errors to the search index; return True if more are missing."""
+    if not count_unindexed(database.connection()):
+        return False
+    with database.transaction(seconds) as connection:
+        sql = "SELECT * FROM errors WHERE id > ? ORDER BY id LIMIT ?"
+        rows = connection.execute(sql, (indexed_to(connection), INDEX_BATCH)).fetchall()
+        index_rows(connection, rows)
+        is_whole = len(rows) < INDEX_BATCH
+        newest = "(SELECT seq FROM sqlite_sequence WHERE name = 'errors')" if is_whole else "?"
+        last = [] if is_whole else [rows[-1]["id"]]
+        connection.execute(f"UPDATE search_progress SET indexed_to = {newest}", last)
+    return not is_whole
+
+
+def complete_index(database):
+    """Add what the search index misses; raise sqlite3.OperationalError if that takes too long."""
+    until = time.monotonic() + READ_SECONDS
+    try:
+        while extend_index(database):
+            if time.monotonic() > until:
+                missing = count_unindexed(database.connection())
+                raise IndexIncomplete(missing)
+    except (sqlite3.Error, OSError) as error:
+        # What cannot be written now is not stored either, but for the errors of the last moment.
+        log.warning("the search index cannot be extended: %s", error)
+
+
+class IndexIncomplete(Exception):
+    """A search has to wait, since the index is being filled; it has the number of missing errors."""
+
+    def __init__(self, missing):
+        super().__init__(
+            f"The search index is being filled, {missing} errors are missing; try again soon."
+        )
+
+
+# Reading
+
+
+def words_of(query):
+    """Return the words that a search for `query` looks for, each Chinese, Japanese or Korean character one."""
+    return re.findall(r"[^\W_]+", spaced(query))
 
 
 def match_expression(filters):
-    """Return the FTS5 query for the facets and words of `filters`, or None without any; any text is a safe query."""
-    terms = [
-        f'facets : "\ue000{key}{filters[key].encode().hex()}"' for key in FACETS if key in filters
-    ]
-    words = ['"{}"'.format(word.replace('"', '""')) for word in filters.get("q", "").split()]
-    if words:
-        terms.append("- facets : (" + " ".join(words) + "*)")
+    """Return the FTS5 query for the facets and the words of `filters`, or None without any.
+
+    Any text is a safe query. What a word of `q` is made of has to stand together, in its order.
+    """
+    terms = []
+    for name in FACETS:
+        if name in filters:
+            values = filters[name].split(",") if name == "level" else [filters[name]]
+            options = " OR ".join(f'"{facet(name, value)}"' for value in values)
+            terms.append(f"facets : ({options})")
+    phrases = []
+    for word in filters.get("q", "").split():
+        escaped = spaced(word).replace('"', '""')
+        phrases.append(f'"{escaped}"')
+    if phrases:
+        terms.append("- facets : (" + " ".join(phrases) + "*)")  # the last word may be a beginning
     return " AND ".join(terms) or None
 
 
 def narrow(connection, filters):
-    """Return `filters` with what takes a look: a short id made an issue id, times with the bounds they give for ids."""
-    found = dict(filters)
+    """Return `filters` with what takes a look into the database.
+
+    An issue's short id becomes its issue id and server; an event id and times become bounds of ids.
+    """
+    narrowed = dict(filters)
     if "issue" in filters:
-        sql = "SELECT issue_id FROM errors WHERE short_id = :issue AND issue_id IS NOT NULL ORDER BY id DESC LIMIT 1"
+        sql = """SELECT issue_id, server FROM errors WHERE short_id = :issue
+            AND issue_id IS NOT NULL ORDER BY id DESC LIMIT 1"""
         row = connection.execute(sql, filters).fetchone()
-        found["issue"] = row["issue_id"] if row else filters["issue"]
-    if "since" in filters or "until" in filters:
-        # Ids follow the times of receipt but for deliveries that were spooled, so these are bounds and no more. Left to
-        # itself SQLite would look for the least id by walking through the table.
-        bounds = {"since": ("min(id)", "from_id", 2**63 - 1), "until": ("max(id)", "to_id", 0)}
-        bounds = [bound for key, bound in bounds.items() if key in filters]
-        sql = f"SELECT {', '.join(sought for sought, _, _ in bounds)} FROM errors INDEXED BY errors_received_at"
-        period = (filters.get("since", ""), filters.get("until", "~"))
-        ids = connection.execute(f"{sql} WHERE received_at BETWEEN ? AND ?", period).fetchone()
-        found |= {
-            name: none if id_ is None else id_
-            for (_, name, none), id_ in zip(bounds, ids, strict=True)
-        }
-    return found
+        if row:
+            narrowed["issue"] = row["issue_id"]
+            if row["server"]:
+                narrowed.setdefault("server", row["server"])
+    if "event" in filters:
+        sql = "SELECT min(id) AS first, max(id) AS last FROM errors WHERE event_id = :event"
+        narrowed |= bounds(connection.execute(sql, filters).fetchone())
+    elif "since" in filters or "until" in filters:
+        # Ids follow the times of receipt but for deliveries that were spooled, so these are bounds
+        # and no more. Left to itself SQLite would look for the least id by walking the table.
+        period = {"since": filters.get("since", ""), "until": filters.get("until", "~")}
+        sql = """SELECT min(id) AS first, max(id) AS last FROM errors INDEXED BY errors_received_at
+            WHERE received_at BETWEEN :since AND :until"""
+        narrowed |= bounds(connection.execute(sql, period).fetchone())
+    return narrowed
 
 
-def select_errors(connection, filters, limit, oldest_first=False, columns=COLUMNS):
-    """Return up to `limit` rows without payloads, newest first unless told otherwise.
+def bounds(row):
+    """Return the filters for ids from the first to the last of a row, which match nothing without them."""
+    if row["first"] is None:
+        return {"from_id": 1, "to_id": 0}
+    return {"from_id": row["first"], "to_id": row["last"]}
+
+
+CONDITIONS = {  # of the filters, {id} being the id of the table that is walked
+    "project": "(errors.project_slug = :project OR errors.project_id = :project)",
+    "level": "instr(',' || :level || ',', ',' || errors.level || ',') > 0",
+    "environment": "errors.environment = :environment",
+    "platform": "errors.platform = :platform",
+    "release": "errors.release = :release",
+    "category": "errors.category = :category",
+    "server": "errors.server = :server",
+    "issue": "errors.issue_id = :issue",
+    "event": "errors.event_id = :event",
+    "since": "errors.received_at >= :since",
+    "until": "errors.received_at <= :until",
+    "from_id": "{id} >= :from_id",
+    "to_id": "{id} <= :to_id",
+    "before": "{id} < :before",
+    "after": "{id} > :after",
+}
+
+
+def find_errors(connection, filters, columns, limit, oldest_first=False):
+    """Return a cursor over `columns`, SQL expressions, of the errors that match, newest first.
 
     `filters` are those of the query string, after `narrow`; `before` and `after` are ids.
     """
     match = match_expression(filters)
-    source = (
-        "errors_search CROSS JOIN errors ON errors.id = errors_search.rowid" if match else "errors"
-    )
-    row_id = "errors_search.rowid" if match else "errors.id"
+    source = "errors"
+    row_id = "errors.id"
+    conditions = ["TRUE"]
+    if match:
+        source = "errors_search CROSS JOIN errors ON errors.id = errors_search.rowid"
+        row_id = "errors_search.rowid"
+        conditions = ["errors_search MATCH :match"]
     # A facet finds the row, the column is sure.
-    conditions = {key: f"errors.{column} = :{key}" for key, column in FACETS.items()} | {
-        "since": "errors.received_at >= :since",
-        "until": "errors.received_at <= :until",
-        "from_id": f"{row_id} >= :from_id",
-        "to_id": f"{row_id} <= :to_id",
-        "before": f"{row_id} < :before",
-        "after": f"{row_id} > :after",
-    }
-    where = [condition for key, condition in conditions.items() if key in filters]
-    where += ["errors_search MATCH :match"] if match else []
-    sql = f"SELECT {', '.join(f'errors.{name}' for name in columns)} FROM {source}"
-    sql += f" WHERE {' AND '.join(where)}" if where else ""
-    sql += f" ORDER BY {row_id} {'ASC' if oldest_first else 'DESC'} LIMIT :limit"
+    conditions += [sql.format(id=row_id) for name, sql in CONDITIONS.items() if name in filters]
+    order = "ASC" if oldest_first else "DESC"
+    sql = f"""SELECT {", ".join(columns)} FROM {source} WHERE {" AND ".join(conditions)}
+        ORDER BY {row_id} {order} LIMIT :limit"""
+    return connection.execute(sql, filters | {"match": match, "limit": limit})
+
+
+def select_errors(connection, filters, limit, oldest_first=False):
+    """Return up to `limit` rows and True if there are more, newest first unless told otherwise.
+
+    A page has at least a row, and ends where its text exceeds PAGE_CHARACTERS.
+    """
+    names = [f"errors.{name}" for name in COLUMNS]
+    rows = []
+    room = PAGE_CHARACTERS
+    with closing(find_errors(connection, filters, names, limit + 1, oldest_first)) as cursor:
+        for row in cursor:
+            if len(rows) == limit or room < 0:
+                return rows, True
+            rows.append(row)
+            room -= sum(len(value) for value in row if isinstance(value, str))
+    return rows, False
+
+
+def select_overview(connection, filters):
+    """Return (time of receipt, project, level) of the newest 10,000 errors that match."""
+    columns = (
+        "errors.received_at",
+        "substr(errors.project_slug, 1, 200)",
+        "substr(errors.level, 1, 200)",
+    )
+    return find_errors(connection, filters, columns, 10_000).fetchall()
+
+
+ISSUE_CONDITIONS = {
+    "project": "(issues.project_slug = :project OR issues.project_id = :project)",
+    "server": "issues.server = :server",
+    "level": CONDITIONS["level"],
+    "category": CONDITIONS["category"],
+    "issue": "(issues.issue_id = :issue OR issues.short_id = :issue)",
+    "since": "issues.last_seen >= :since",
+    "until": "issues.last_seen <= :until",
+    "before": "issues.newest < :before",
+}
+
+
+def select_issues(connection, filters, limit):
+    """Return up to `limit` issues with the title, culprit, level and category of their newest error.
+
+    The most recently seen come first; `before` is the id of a newest error.
+    """
+    source = "issues JOIN errors ON errors.id = issues.newest"
+    conditions = ["TRUE"]
+    match = match_expression({"q": filters.get("q", "")})
+    if match:
+        source = (
+            "errors_search CROSS JOIN issues ON issues.newest = errors_search.rowid "
+            "JOIN errors ON errors.id = issues.newest"
+        )
+        conditions = ["errors_search MATCH :match"]
+    conditions += [sql for name, sql in ISSUE_CONDITIONS.items() if name in filters]
+    sql = f"""SELECT issues.issue_id, issues.short_id, nullif(issues.server, '') AS server,
+        issues.project_id, issues.project_slug, errors.title, errors.culprit, errors.level,
+        errors.category, issues.count, issues.first_seen, issues.last_seen, issues.newest
+        FROM {source} WHERE {" AND ".join(conditions)} ORDER BY issues.newest DESC LIMIT :limit"""
     return connection.execute(sql, filters | {"match": match, "limit": limit}).fetchall()
 
 
+def select_occurrences(connection, row):
+    """Return how often the issue of an error's row was seen here, or None without an issue.
+
+    A dict of count, first_seen, last_seen, and releases, the newest 20 of its newest 1,000 errors.
+    """
+    if row["issue_id"] is None:
+        return None
+    key = {"issue_id": row["issue_id"], "server": row["server"]}
+    sql = """SELECT count, first_seen, last_seen FROM issues
+        WHERE issue_id = :issue_id AND server = coalesce(:server, '')"""
+    counted = connection.execute(sql, key).fetchone()
+    if counted is None:  # deleted since the row was read
+        return None
+    sql = """SELECT release FROM (SELECT id, release FROM errors
+            WHERE issue_id = :issue_id AND server IS :server ORDER BY id DESC LIMIT 1000)
+        WHERE release IS NOT NULL GROUP BY release ORDER BY max(id) DESC LIMIT 20"""
+    releases = [release for (release,) in connection.execute(sql, key)]
+    return dict(counted) | {"releases": releases}
+
+
 def select_extent(connection):
-    """Return the oldest and the newest error's id, None if there is none."""
-    return list(
-        connection.execute(
-            "SELECT (SELECT min(id) FROM errors), (SELECT max(id) FROM errors)"
-        ).fetchone()
-    )
+    """Return the oldest and the newest error's id, None where there is none."""
+    sql = "SELECT (SELECT min(id) FROM errors), (SELECT max(id) FROM errors)"
+    return list(connection.execute(sql).fetchone())
+
+
+def select_neighbours(connection, id_):
+    """Return the ids of the next newer and the next older error, None where there is none."""
+    sql = """SELECT (SELECT min(id) FROM errors WHERE id > :id),
+        (SELECT max(id) FROM errors WHERE id < :id)"""
+    return tuple(connection.execute(sql, {"id": id_}).fetchone())
 
 
 def count_errors(connection):
@@ -837,202 +1148,333 @@ def count_errors(connection):
     return connection.execute("SELECT count(*) FROM errors").fetchone()[0]
 
 
-def select_neighbours(connection, id_):
-    """Return the ids of the next newer and the next older error, None where there is none."""
-    sql = "SELECT (SELECT min(id) FROM errors WHERE id > :id), (SELECT max(id) FROM errors WHERE id < :id)"
-    return tuple(connection.execute(sql, {"id": id_}).fetchone())
+def database_bytes(connection):
+    """Return the size of the database in bytes."""
+    pages = connection.execute("PRAGMA page_count").fetchone()[0]
+    return pages * connection.execute("PRAGMA page_size").fetchone()[0]
 
 
 def check_writable(database):
-    """Commit a row; raise sqlite3.Error or OSError if that cannot be done."""
-    with database.turn() as connection:
+    """Commit a row and prove that an error can be inserted; raise sqlite3.Error or OSError otherwise."""
+    at = now()
+    row = dict.fromkeys(COLUMNS) | {"received_at": at, "timestamp": at, "digest": None}
+    row |= {"event_id": "health", "issue_id": "health"} | pack(b"{}")
+    with database.transaction() as connection:
+        connection.execute("SAVEPOINT health")
+        insert_row(connection, row)
+        connection.execute("ROLLBACK TO health")
         sql = "INSERT INTO health VALUES (1, :at) ON CONFLICT DO UPDATE SET checked_at = :at"
-        connection.execute(sql, {"at": now()})
+        connection.execute(sql, {"at": at})
 
 
-def delete_old_errors(database, days, most=50):
-    """Delete those of the `most` oldest errors that are older than `days`; return how many were."""
-    limit = now(days)
-    oldest = "SELECT id FROM (SELECT id, received_at FROM errors ORDER BY id LIMIT ?) WHERE received_at < ?"
-    if not database.connection().execute(oldest, (most, limit)).fetchone():
+def delete_expired(database, days):
+    """Delete some errors that were received more than `days` ago; return how many."""
+    sql = "SELECT id FROM errors WHERE received_at < ? ORDER BY received_at LIMIT ?"
+    limits = now(days=days), DELETE_BATCH
+    if not database.connection().execute(sql, limits).fetchone():
         return 0
-    with database.turn(wait=0) as connection:
-        return connection.execute(
-            f"DELETE FROM errors WHERE id IN ({oldest})", (most, limit)
-        ).rowcount
+    with database.transaction(STEP_SECONDS) as connection:
+        ids = [id_ for (id_,) in connection.execute(sql, limits)]
+        delete_errors(connection, ids)
+    return len(ids)
 
 
-class Tally:
-    """Count deliveries by day, outcome and reason, in memory until the next write takes the counts along."""
+# Counts of deliveries
+
+
+class Counts:
+    """The deliveries by outcome and reason, kept in memory until a transaction takes them along."""
 
     def __init__(self):
-        self.pending, self.credit, self.credited_at = {}, 100, time.monotonic()
+        self.pending = {}  # (count, time of the last) by (period, outcome, reason)
 
-    def add(self, outcome, reason):
-        """Count a delivery; an outcome and a reason are of a fixed few."""
+    def add(self, outcome, reason=""):
+        """Count a delivery; outcome and reason are of a fixed few."""
         at = now()
-        key = (at[:10], outcome, reason)
-        self.pending[key] = (self.pending.get(key, (0,))[0] + 1, at)
+        key = (period_of(at), outcome, reason)
+        count, _ = self.pending.get(key, (0, at))
+        self.pending[key] = (count + 1, at)
 
-    def may_write(self):
-        """Say whether the counts alone are worth a write: 100 times at once, then once a second, whatever arrives."""
-        at = time.monotonic()
-        self.credit, self.credited_at = min(100, self.credit + at - self.credited_at), at
-        if self.credit < 1:
-            return False
-        self.credit -= 1
-        return True
+    def write(self, connection, outcome=None):
+        """Add the pending counts, and `outcome`, in a transaction; its caller clears `pending` afterwards."""
+        rows = [(*key, *value) for key, value in self.pending.items()]
+        if outcome:
+            at = now()
+            rows.append((period_of(at), outcome, "", 1, at))
+        sql = """INSERT INTO deliveries VALUES (?, ?, ?, ?, ?) ON CONFLICT DO UPDATE SET
+            count = count + excluded.count, last_at = max(last_at, excluded.last_at)"""
+        connection.executemany(sql, rows)
 
-    def write(self, connection, outcomes=()):
-        """Add the counts, and `outcomes`, in the caller's transaction; clear `pending` after its commit."""
-        sql = """INSERT INTO deliveries VALUES (?, ?, ?, ?, ?)
-            ON CONFLICT DO UPDATE SET count = count + excluded.count, last_at = max(last_at, excluded.last_at)"""
-        at = now()
-        counts = [(*key, *value) for key, value in self.pending.items()]
-        counts += [
-            (at[:10], outcome, "", count, at) for outcome, count in Counter(outcomes).items()
-        ]
-        connection.executemany(sql, counts)
-        connection.execute("DELETE FROM deliveries WHERE day < ?", (now(DELIVERY_DAYS)[:10],))
+
+def period_of(at):
+    """Return the ten minutes that an ISO 8601 time is in, as the beginning of its text."""
+    return at[:15] + "0"
 
 
 def select_deliveries(connection):
-    """Return the counts of deliveries by outcome and reason, today's and of all days kept, the latest first."""
-    sql = """SELECT outcome, nullif(reason, '') AS reason, sum(count) FILTER (WHERE day = ?) AS today,
-        sum(count) AS count, max(last_at) AS last_at FROM deliveries GROUP BY 1, 2 ORDER BY last_at DESC"""
-    return [
-        dict(row) | {"today": row["today"] or 0} for row in connection.execute(sql, (now()[:10],))
-    ]
+    """Return the counts of deliveries by outcome and reason, the latest first.
+
+    `last_hour` counts the last 60 to 70 minutes, `today` the day in UTC, `count` all that are kept.
+    """
+    sql = """SELECT outcome, nullif(reason, '') AS reason,
+        coalesce(sum(count) FILTER (WHERE period >= :hour), 0) AS last_hour,
+        coalesce(sum(count) FILTER (WHERE period >= :day), 0) AS last_day,
+        coalesce(sum(count) FILTER (WHERE period >= :today), 0) AS today,
+        sum(count) AS count, max(last_at) AS last_at
+        FROM deliveries GROUP BY 1, 2 ORDER BY last_at DESC"""
+    starts = {"hour": now(hours=1), "day": now(days=1)}
+    starts = {name: period_of(at) for name, at in starts.items()} | {"today": now()[:10]}
+    return [dict(row) for row in connection.execute(sql, starts)]
+
+
+def delete_old_counts(connection):
+    """Delete the counts of more than DELIVERY_DAYS ago."""
+    connection.execute("DELETE FROM deliveries WHERE period < ?", (now(days=DELIVERY_DAYS),))
+
+
+# The spool
 
 
 class Spool:
-    """A folder of deliveries that the database could not take yet, a file each, their names in order of receipt."""
+    """A folder of deliveries that the database could not take, a file each, named in order of receipt."""
 
     def __init__(self, folder):
-        self.folder, self.queue, self.ready, self.unreadable = Path(folder), deque(), [], set()
+        self.folder = folder
+        self.waiting = deque()  # names that were listed and not moved yet
+        self.unreadable = set()  # names of files that the disk does not give back
+        self.count = 0  # files in the folder, as counted at counted_at
+        self.counted_at = -math.inf  # monotonic time
 
     def put(self, received_at, resource, body):
         """Write a delivery to disk, synced; raise OSError if that cannot be done."""
-        self.folder.mkdir(exist_ok=True)
-        name = f"{time.time_ns():020}-{os.getpid()}"
-        part = self.folder / f"{name}.part"
+        self.folder.mkdir(parents=True, exist_ok=True)
+        self.check_room()
+        head = json.dumps([received_at, resource, len(body), zlib.crc32(body)]).encode()
+        part = self.folder / f"{time.time_ns():020}-{os.getpid()}.part"
         try:
             with open(part, "xb") as file:
-                file.write(json.dumps([received_at, resource]).encode() + b"\n" + body)
+                file.write(head + b"\n" + body)
                 file.flush()
                 os.fsync(file.fileno())
             part.rename(part.with_suffix(".delivery"))
         except OSError:
             part.unlink(missing_ok=True)
             raise
-        folder = os.open(self.folder, os.O_RDONLY)
-        try:
-            os.fsync(folder)  # the name is durable only once the folder is
-        finally:
-            os.close(folder)
+        sync_folder(self.folder)
+        self.count += 1
+
+    def check_room(self):
+        """Raise OSError if the spool is full or the disk nearly is."""
+        if time.monotonic() > self.counted_at + 1:
+            self.counted_at = time.monotonic()
+            self.count = len(self.names())
+            if self.count > SPOOL_LIMIT * 0.9:
+                log.warning(
+                    "the spool holds %d deliveries, its limit is %d", self.count, SPOOL_LIMIT
+                )
+        if self.count >= SPOOL_LIMIT:
+            raise OSError(errno.ENOSPC, f"the spool is full, it holds {self.count} deliveries")
+        disk = os.statvfs(self.folder)
+        if disk.f_bavail * disk.f_frsize < SPOOL_FREE_BYTES:
+            raise OSError(errno.ENOSPC, "the disk has less than 64 MB left")
 
     def names(self):
-        """Return the names of the files that wait, in no order."""
+        """Return the names of the files that wait, in order of receipt."""
         try:
-            return [name for name in os.listdir(self.folder) if name.endswith(".delivery")]
+            return sorted(name for name in os.listdir(self.folder) if name.endswith(".delivery"))
         except OSError:
             return []
 
-    def drain(self, database, read_row, seconds=0.05):
-        """Move deliveries into the database for about `seconds`, in order; say whether more of them wait.
+    def move(self, database, read_row):
+        """Move a batch of deliveries into the database; return True if more wait.
 
-        `read_row` makes a row of a resource, a time and a body. A file is removed after the commit; should that fail,
-        the database knows the delivery when it comes again.
+        `read_row` makes a row of a body, a resource and a time of receipt. A file is removed after the
+        commit; should that fail, the database knows the delivery when it comes again.
         """
-        until = time.monotonic() + seconds
-        while time.monotonic() < until:
-            # What was made ready is kept if the database has no time for it now.
-            self.ready = self.ready or self.make_ready(read_row, until)
-            if not self.ready:
-                break
-            with database.turn(wait=0.01) as connection:
-                for file, row in self.ready:
-                    self.insert(connection, file, row)
-            for file, _ in self.ready:
-                file.unlink(missing_ok=True)
-            log.info("moved %d spooled deliveries into the database", len(self.ready))
-            self.ready = []
-        return bool(self.ready or self.queue)
+        if not self.waiting:
+            # Listed once for all that wait, because there may be many thousands of them.
+            self.waiting.extend(name for name in self.names() if name not in self.unreadable)
+        if not self.waiting:
+            return False
+        with self.alone() as is_alone:
+            if not is_alone:  # another worker moves them
+                self.waiting.clear()
+                return False
+            batch = self.read_batch(read_row)
+            with database.transaction(STEP_SECONDS) as connection:
+                for name, row in batch.items():
+                    self.insert(connection, name, row)
+            for name in batch:
+                (self.folder / name).unlink(missing_ok=True)
+        for name in batch:
+            self.waiting.remove(name)
+        if batch:
+            log.info("moved %d spooled deliveries into the database", len(batch))
+        return bool(self.waiting)
 
-    def make_ready(self, read_row, until):
-        """Return the next files with their rows, as many as there is time for and as share a transaction."""
-        if not self.queue:
-            # Listed once for all that wait: there may be many thousands of them.
-            self.queue = deque(sorted(name for name in self.names() if name not in self.unreadable))
-        ready, size = [], 0
-        while self.queue and len(ready) < SPOOL_BATCH and size < SPOOL_BATCH_BYTES:
-            file = self.folder / self.queue[0]
-            row = self.read(file, read_row)
-            self.queue.popleft()
-            if row:
-                ready.append((file, row))
-                size += len(row["payload"])
-            if time.monotonic() > until:
-                break
-        return ready
-
-    def read(self, file, read_row):
-        """Return the row of a spooled delivery, None if it is gone, can't be read, or makes no error."""
+    @contextmanager
+    def alone(self):
+        """Hold the folder's lock in the block if no other worker does; yield True if it is held."""
+        folder = os.open(self.folder, os.O_RDONLY)
         try:
-            head, _, body = file.read_bytes().partition(b"\n")
+            try:
+                fcntl.flock(folder, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                yield True
+            except BlockingIOError:
+                yield False
+        finally:
+            os.close(folder)
+
+    def read_batch(self, read_row):
+        """Return the rows of the next files by name, as many as fit a transaction and STEP_SECONDS."""
+        batch = {}
+        size = 0
+        until = time.monotonic() + STEP_SECONDS
+        for name in list(islice(self.waiting, SPOOL_BATCH)):
+            row = self.read(name, read_row)
+            if row is None:
+                self.waiting.remove(name)
+                continue
+            batch[name] = row
+            size += len(row["payload"])
+            is_full = len(batch) >= SPOOL_BATCH or size > SPOOL_BATCH_BYTES
+            if is_full or time.monotonic() > until:
+                break
+        return batch
+
+    def read(self, name, read_row):
+        """Return the row of a spooled delivery, or None if it is gone, unreadable or makes no error."""
+        try:
+            head, _, body = (self.folder / name).read_bytes().partition(b"\n")
         except FileNotFoundError:
-            return None  # another worker has just moved it
+            return None  # another worker has moved it
         except OSError as error:
-            self.unreadable.add(file.name)
+            self.unreadable.add(name)
             log.error("cannot read a spooled delivery, it waits for the next start: %s", error)
             return None
         try:
-            received_at, resource = json.loads(head)
+            received_at, resource, *check = json.loads(head)
+            if check and check != [len(body), zlib.crc32(body)]:
+                raise ValueError("the file is damaged")
             return read_row(body, resource, received_at) | pack(body)
         except MemoryError:
             raise
         except Exception as error:
-            self.set_aside(file, error)
+            self.reject(name, error)
             return None
 
-    def insert(self, connection, file, row):
+    def insert(self, connection, name, row):
+        """Insert the row of a spooled delivery; reject it if the fault is its own."""
         try:
             insert_error(connection, row)
         except Exception as error:
-            if type(error) in (sqlite3.OperationalError, sqlite3.DatabaseError, MemoryError):
-                raise  # the fault is not the delivery's
-            self.set_aside(file, error)
+            is_database = type(error) in (sqlite3.OperationalError, sqlite3.DatabaseError)
+            if is_database or isinstance(error, MemoryError):
+                raise
+            self.reject(name, error)
 
-    def set_aside(self, file, error):
-        """Give a delivery that makes no error another name, for a person to see."""
-        with suppress(FileNotFoundError):  # another worker has done so
-            aside = file.rename(file.with_suffix(".rejected"))
+    def reject(self, name, error):
+        """Give a delivery that makes no error another name, for a person to look at."""
+        file = self.folder / name
+        with suppress(FileNotFoundError):
+            rejected = file.rename(file.with_suffix(".rejected"))
             log.error(
-                "cannot make an error of a spooled delivery (%s), see %s",
-                type(error).__name__,
-                aside,
+                "cannot store a spooled delivery (%s), see %s", type(error).__name__, rejected
             )
 
 
-def backup(path, target, report):
-    """Copy the database at `path`, as it is at this moment, to a new file; `report` gets the share that is done."""
+def sync_folder(path):
+    """Sync a folder, without which a new name in it is not durable."""
+    folder = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(folder)
+    finally:
+        os.close(folder)
+
+
+# Backup and restore
+
+
+def open_read_only(path):
+    """Return a connection to an existing database that cannot write it."""
+    uri = f"{path.absolute().as_uri()}?mode=ro"
+    return sqlite3.connect(uri, uri=True, timeout=10, isolation_level=None)
+
+
+def copy_database(source, target, report=lambda share: None):
+    """Copy what a connection reads into a new file at `target`; `report` gets the share that is done."""
     part = Path(f"{target}.part")
     part.unlink(missing_ok=True)
-    with closing(
-        sqlite3.connect(f"{Path(path).absolute().as_uri()}?mode=ro", uri=True, timeout=10)
-    ) as source:
-        source.execute("BEGIN")
+    source.execute("BEGIN")
+    try:
         source.execute(
             "SELECT 1 FROM sqlite_schema"
-        ).fetchone()  # one snapshot, or each writer would restart the copy
+        ).fetchone()  # one snapshot, or writers restart the copy
         with closing(sqlite3.connect(part)) as copy:
             source.backup(
                 copy, pages=2000, progress=lambda _, left, pages: report(1 - left / max(pages, 1))
             )
             copy.execute(
                 "PRAGMA journal_mode = DELETE"
-            )  # one file, complete without a -wal beside it
+            )  # one file, complete without a WAL beside it
+    finally:
+        source.execute("ROLLBACK")
     part.rename(target)
+
+
+def check_backup(path):
+    """Return how many errors a collector's database at `path` holds; raise ValueError if it is none."""
+    try:
+        with closing(open_read_only(path)) as connection:
+            version = connection.execute("PRAGMA user_version").fetchone()[0]
+            problem = connection.execute("PRAGMA quick_check(1)").fetchone()[0]
+            columns = {row[1] for row in connection.execute("PRAGMA table_info(errors)")}
+            if problem != "ok":
+                raise ValueError(f"{path} is damaged: {problem}")
+            if not version or not columns.issuperset(("received_at", "event_id", "permalink")):
+                raise ValueError(f"{path} is no database of the collector")
+            if version > SCHEMA_VERSION:
+                raise ValueError(
+                    f"{path} is of version {version}, this collector knows {SCHEMA_VERSION}; "
+                    "restore it with the collector that made it"
+                )
+            return count_errors(connection)
+    except sqlite3.DatabaseError as error:
+        raise ValueError(f"{path} is no database of the collector ({error})") from None
+
+
+def restore(database, file):
+    """Replace the content of the live database by that of `file`; return the path of what it replaced.
+
+    The service may run: writers wait, and what they receive is spooled. Ids go on from the larger of
+    both, so that no id is used twice.
+    """
+    staged = database.path.with_name(f"{database.path.name}.restoring")
+    replaced = database.path.with_name(f"{database.path.name}.before-restore")
+    staged.unlink(missing_ok=True)
+    with closing(open_read_only(file)) as source:
+        copy_database(source, staged)
+    copy = Database(staged)
+    copy.journal_mode = "DELETE"
+    live = database.connection()
+    try:
+        with database.turn(time.monotonic() + 60):
+            copy_database(live, replaced)
+            sequence = "SELECT coalesce(max(seq), 0) FROM sqlite_sequence WHERE name = 'errors'"
+            last_id = max(
+                connection.execute(sequence).fetchone()[0]
+                for connection in (live, copy.connection())
+            )
+            copy.connection().execute("DELETE FROM sqlite_sequence WHERE name = 'errors'")
+            copy.connection().execute(
+                "INSERT INTO sqlite_sequence VALUES ('errors', ?)", (last_id,)
+            )
+            copy.connection().backup(live)
+    finally:
+        copy.close()
+        for name in (staged, Path(f"{staged}.lock")):
+            name.unlink(missing_ok=True)
+    return replaced
 
 
 # --------------------------------------------------------------------------------------------------
@@ -1056,17 +1498,14 @@ def as_json(value):
     return json.dumps(value) + "\n"
 
 
-def summary(row):
-    """Return the scalar keys of an error."""
-    return {"id": row["id"], "url": f"/errors/{row['id']}"} | dict(row)
+def summary(row, base=""):
+    """Return the scalar keys of an error; `base` is what the addresses here begin with."""
+    return {"id": row["id"], "url": f"{base}/errors/{row['id']}"} | dict(row)
 
 
-def detail(row, body):
+def detail(row, body, occurrences, base=""):
     """Return an error in full; `body` is the delivery as it was received (bytes)."""
-    found = parse_detail(load(body))
-    for exception in found["exceptions"]:
-        del exception["frames"]
-    return summary(row) | found
+    return summary(row, base) | parse_detail(load(body)) | {"occurrences": occurrences}
 
 
 def fold(frames, marked=False):
@@ -1115,7 +1554,7 @@ def chain_lines(exceptions):
         yield joined(flat(f"{found['type'] or '?'}: {found['value'] or ''}", 400), at)
 
 
-def error_text(row, body, url):
+def error_text(row, body, occurrences, url):
     """Return an error as text for a terminal or an agent, the most useful part first, TEXT_LENGTH characters at most.
 
     Only lines of ours start at the margin; the error's own words stand behind a key there, or indented.
@@ -1252,182 +1691,170 @@ PAGE_FILTERS = (visible, ago, web_link, source_lines, fold)
 # --------------------------------------------------------------------------------------------------
 
 web = Blueprint("web", __name__, cli_group=None)
+# Media types by the name of the form.
 FORMS = {
     "json": "application/json",
     "html": "text/html",
     "text": "text/plain",
     "ndjson": "application/x-ndjson",
 }
-FILTERS = (*FACETS, "since", "until", "q")
-MISSING = (
+FILTERS = (*FACETS, "event", "since", "until", "q")
+LEVELS = "fatal", "error", "warning", "info", "debug", "sample"  # levels that Sentry knows
+QUERY_WORDS = 40  # most words of a search, each Chinese, Japanese or Korean character one
+PAGE_BYTES = 8 * 1024 * 1024  # most bytes of a page of summaries
+RETRY_AFTER = "5"  # seconds, with a 503
+EXPLAIN_BYTES = 256 * 1024  # largest body for which a wrong signature is explained
+STATUSES = {"stored": 201, "duplicate": 200, "queued": 202}  # of the reply, by outcome
+UNSAFE = re.compile(r"[^\w.:/-]", re.ASCII)  # what could end a log line or pass for another
+CROSS_SITE = "cross-site", "same-site"  # values of Sec-Fetch-Site when another web page sends
+MISSING_SIGNATURE = (
     "The Sentry-Hook-Signature header is missing: send through an internal integration, which signs. "
     "The legacy WebHooks plugin cannot; it needs SENTRY_CLIENT_SECRET unset."
 )
-RECEIPTS = {
-    "stored": "201 CREATED",
-    "duplicate": "200 OK",
-    "queued": "202 ACCEPTED",
-    "lost": "503 SERVICE UNAVAILABLE",
-}
-RETRY_AFTER = "5"  # seconds, with a 503
-EXPLAIN_BYTES = 256 * 1024  # of a forged delivery that are worth parsing
-HIDDEN = re.compile(
-    r"[^\w.:-]", re.ASCII
-)  # in a log line, whatever could end it or pass for another
 
 
 class Collector:
-    """Hold what the routes of one app share."""
+    """What the routes of one app share, and the maintenance that runs between requests."""
 
     def __init__(self, settings):
-        self.settings, path = settings, settings["DATABASE_URL"]
-        self.database, self.spool, self.tally = (
-            Database(path),
-            Spool(path.parent / "spool"),
-            Tally(),
-        )
-        self.waiting, self.settling = [], threading.Lock()  # deliveries, and who commits them
+        self.settings = settings
+        path = settings["DATABASE_URL"]
+        self.database = Database(path)
+        self.spool = Spool(path.parent / "spool")
+        self.counts = Counts()
         self.report = lambda error: None
-        self.pruned_at = self.kept_house_at = -math.inf
+        # Steps of maintenance by the seconds between two of them, the most urgent first.
+        self.steps = {
+            self.database.checkpoint: 0.1,
+            self.move_spooled: 0.2,
+            self.write_counts: 1,
+            self.extend_index: 0.2,
+            self.delete_expired: 1,
+            self.delete_old_counts: 3600,
+            self.log_deletions: 24 * 3600,
+        }
+        self.due = dict.fromkeys(self.steps, -math.inf)  # monotonic time of the next, by step
+        self.deleted = 0  # expired errors since the last log line about them
 
-    def count(self, outcome, reason):
-        """Count a delivery that needs no transaction, and write the counts where that is cheap."""
-        self.tally.add(outcome, reason)
-        self.write_counts()
+    def start(self, notify=lambda: None):
+        """Check the folder and open the database in the process that serves.
 
-    def write_counts(self, wait=0):
-        """Write the counts that no transaction has taken along yet, where that is cheap or worth waiting for."""
-        if self.tally.pending and (wait or self.tally.may_write()):
-            with suppress(sqlite3.Error, OSError):
-                with self.database.turn(wait) as connection:
-                    self.tally.write(connection)
-                self.tally.pending.clear()
-
-    def take(self, body, payload, resource, received_at):
-        """Return a delivery that is to be settled, and waits for that together with those that arrive meanwhile."""
-        try:
-            row = parse_error(payload, resource, received_at) | pack(body)
-        except Exception as error:  # a fault of ours, which must not cost the delivery
-            row = error
-        delivery = Delivery(body, resource, received_at, row)
-        self.waiting.append(delivery)
-        return delivery
-
-    def settle(self, delivery):
-        """Commit a delivery, in one transaction with all that wait; spool what cannot be committed.
-
-        One that finds the database locked, the first of all, has no outcome yet: it is to be settled again soon.
+        `notify` tells gunicorn that the worker is alive while the schema is changed. Raises SystemExit
+        if the folder cannot be written.
         """
-        with self.settling:
-            if not delivery.outcome:
-                waiting = self.waiting[:]
-                del self.waiting[: len(waiting)]
-                self.store(waiting if delivery in waiting else [*waiting, delivery])
-
-    def settle_at_last(self, delivery):
-        """Settle a delivery whose reply nobody waits for: what was received is stored."""
-        delivery.waits_until = -math.inf
-        self.settle(delivery)
-
-    def store(self, deliveries):
-        """Commit deliveries in one transaction, if need be in one each; spool what cannot be committed."""
+        check_folder(self.settings["DATABASE_URL"])
+        self.database.notify = notify
         try:
-            self.commit(deliveries)
-        except Exception as error:  # whatever it is: Sentry will not send this again
-            if is_busy(error) and self.database.is_first:
-                first = deliveries[0]
-                first.waits_until = (
-                    first.waits_until or time.monotonic() + WAIT_SECONDS - TURN_SECONDS
-                )
-            for delivery in deliveries:
-                if len(deliveries) > 1 and not is_busy(error):  # one of them may be the cause
-                    self.store([delivery])
-                elif not is_busy(error) or time.monotonic() > min(
-                    delivery.waits_until, self.database.gives_up_at
-                ):
-                    self.put_aside(delivery, error)
+            self.database.connection()
+        except (sqlite3.Error, OSError) as error:
+            log.error("the database cannot be used, deliveries are spooled: %s", error)
 
-    def commit(self, deliveries):
-        found = []
-        with self.database.turn() as connection:
-            for delivery in deliveries:
-                if isinstance(delivery.row, Exception):
-                    raise delivery.row
-                found.append(insert_error(connection, delivery.row))
-            outcomes = ["stored" if is_new else "duplicate" for _, is_new in found]
-            self.tally.write(connection, outcomes)
-        self.tally.pending.clear()
-        for delivery, outcome, (id_, _) in zip(deliveries, outcomes, found, strict=True):
-            delivery.outcome, delivery.id = outcome, id_
+    def keep(self, body, payload, resource, received_at):
+        """Store a delivery, or spool it whatever fails, because Sentry will not send it again.
 
-    def put_aside(self, delivery, error):
-        """Spool a delivery that the database could not take; it is lost if that fails too."""
-        self.note("cannot store a delivery, spooling it", error)
+        Returns the outcome, and the error's id or None. Raises Refused if neither is possible.
+        """
         try:
-            self.spool.put(delivery.received_at, delivery.resource, delivery.body)
-            delivery.outcome = "queued"
-            self.tally.add(
-                "queued", "database locked" if is_busy(error) else "database not writable"
-            )
-        except (
-            Exception
-        ) as spool_error:  # memory may be short, too, and others wait behind this one
-            log.critical(
-                "LOST a delivery: neither the database nor the spool can be written: %s",
-                spool_error,
-            )
-            delivery.outcome = "lost"
-            self.tally.add("refused", "disk")
+            return self.store(body, payload, resource, received_at)
+        except Exception as error:
+            self.log_failure("cannot store a delivery, spooling it", error)
+            reason = "database locked" if is_busy(error) else "database not writable"
+        try:
+            self.spool.put(received_at, resource, body)
+        except Exception as error:
+            log.critical("LOST a delivery: it can neither be stored nor spooled: %s", error)
+            self.report(error)
+            words = f"Neither the database nor the spool can be written: {error}; free the disk."
+            raise Refused(503, "disk", words) from None
+        self.counts.add("queued", reason)
+        return "queued", None
 
-    def note(self, words, error):
-        """Log and report a failure, in words that hold nothing of a delivery."""
-        of_system = isinstance(error, sqlite3.Error | OSError)
-        log.error(
-            "%s: %s: %s",
-            words,
-            type(error).__name__,
-            error if of_system else "a fault of the collector's own",
-        )
+    def store(self, body, payload, resource, received_at):
+        """Commit a delivery's error; return the outcome and the error's id."""
+        row = parse_error(payload, resource, received_at) | pack(body)
+        with self.database.transaction() as connection:
+            id_, is_new = insert_error(connection, row)
+            outcome = "stored" if is_new else "duplicate"
+            self.counts.write(connection, outcome)
+        self.counts.pending.clear()
+        return outcome, id_
+
+    def log_failure(self, what, error):
+        """Log and report a failure, with nothing of a delivery's content."""
+        is_of_system = isinstance(error, sqlite3.Error | OSError)
+        cause = error if is_of_system else "a fault of the collector's own"
+        log.error("%s: %s: %s", what, type(error).__name__, cause)
         self.report(error)
 
-    def keep_house(self):
-        """Do a little of what must not hold a reply up: move what was spooled, delete what is too old, checkpoint.
-
-        Returns whether there is more to do.
-        """
-        self.kept_house_at, days = time.monotonic(), self.settings["RETENTION_DAYS"]
-        try:
-            has_more = self.spool.drain(
-                self.database, lambda body, *about: parse_error(parse_body(body), *about)
-            )
-            if days and time.monotonic() - self.pruned_at > 1:
-                if delete_old_errors(self.database, days):
-                    has_more = True
-                else:
-                    self.pruned_at = time.monotonic()
-            self.write_counts()
-            self.database.checkpoint()
-        except (
-            sqlite3.Error,
-            OSError,
-            RuntimeError,
-            MemoryError,
-        ):  # the next delivery or health check says so
+    def maintain(self):
+        """Do one short step of what must not delay a reply; return True if another is due."""
+        if self.database.is_paused():
             return False
-        return has_more
+        step = self.next_step()
+        if step is None:
+            return False
+        try:
+            has_more = step()
+        except (sqlite3.Error, OSError, MemoryError) as error:
+            has_more = False
+            if not is_busy(error):
+                log.warning("maintenance failed: %s", error)
+        self.due[step] = time.monotonic() + (0 if has_more else self.steps[step])
+        return self.next_step() is not None
 
-    def keep_house_at_times(self):
-        """Keep house, unless that was done just now: many deliveries may be replied to at once."""
-        if time.monotonic() - self.kept_house_at > 0.01:
-            self.keep_house()
+    def next_step(self):
+        """Return the most urgent step of maintenance that is due, or None."""
+        for step, due in self.due.items():
+            if time.monotonic() >= due:
+                return step
+        return None
 
+    def move_spooled(self):
+        """Move some spooled deliveries into the database; return True if more wait."""
 
-class Delivery:
-    """A delivery that was taken in: what came, the row made of it or what went wrong with that, what became of it."""
+        def read_row(body, resource, received_at):
+            return parse_error(parse_body(body), resource, received_at)
 
-    def __init__(self, body, resource, received_at, row):
-        self.body, self.resource, self.received_at, self.row = body, resource, received_at, row
-        self.outcome, self.id, self.waits_until = None, None, 0  # monotonic; 0: has not waited
+        return self.spool.move(self.database, read_row)
+
+    def extend_index(self):
+        """Add some errors to the search index; return True if more are missing."""
+        return extend_index(self.database)
+
+    def write_counts(self):
+        """Write the counts that no transaction has taken along."""
+        if self.counts.pending:
+            with self.database.transaction(STEP_SECONDS) as connection:
+                self.counts.write(connection)
+            self.counts.pending.clear()
+
+    def delete_expired(self):
+        """Delete some errors that RETENTION_DAYS has passed; return True if there may be more."""
+        days = self.settings["RETENTION_DAYS"]
+        if not days:
+            return False
+        deleted = delete_expired(self.database, days)
+        self.deleted += deleted
+        return deleted > 0
+
+    def log_deletions(self):
+        """Log how many expired errors this worker has deleted in a day."""
+        if self.deleted:
+            days = self.settings["RETENTION_DAYS"]
+            log.info("deleted %d errors that were older than %d days", self.deleted, days)
+        self.deleted = 0
+
+    def delete_old_counts(self):
+        """Delete the counts of deliveries that are no longer shown."""
+        with self.database.transaction(STEP_SECONDS) as connection:
+            delete_old_counts(connection)
+
+    def close(self):
+        """Write what is only in memory, and close the database; the process ends."""
+        self.log_deletions()
+        with suppress(sqlite3.Error, OSError):
+            self.write_counts()
+        self.database.close()
 
 
 def collector():
@@ -1435,466 +1862,574 @@ def collector():
     return current_app.extensions["collector"]
 
 
-def read_body(limit):
-    """Return the request's body (bytes); raise Refused if it has no length, is too long or is cut short."""
-    length = request.content_length
-    if "Transfer-Encoding" in request.headers or length is None:
-        raise Refused(
-            411, "no length", "The delivery has no Content-Length; send it whole, not chunked."
-        )
-    if length > limit:
-        words = f"The delivery has {length} bytes, the limit is {limit}; raise MAX_BODY_BYTES to take it."
-        raise Refused(413, "too large", words)
-    try:
-        body = request.environ["wsgi.input"].read(length)
-    except OSError:  # the connection's
-        body = b""
-    if len(body) < length:
-        words = f"The delivery broke off before its {length} bytes had come; send it again, faster."
-        raise Refused(400, "cut short", words)
-    return body
-
-
-def is_signed(body, given, secrets):
-    """Say whether `given` (bytes) is the signature of a body (bytes) by one of the client secrets."""
-    keys = [secret.encode("utf-8", "surrogateescape") for secret in secrets]
-    signatures = [hmac.digest(key, body, "sha256").hex().encode() for key in keys]
-    return any(hmac.compare_digest(signature, given) for signature in signatures)
-
-
-def check_signature(body, signature, secrets):
-    """Raise Refused, with what is probably wrong, unless one of `secrets` signs the body; check nothing without any."""
-    given = (signature or "").encode("utf-8", "replace")
-    if not secrets or is_signed(body, given, secrets):
-        return
-    if not given:
-        raise Refused(401, "signature missing", MISSING)
-    if len(given) != 64:
-        reason, words = (
-            "signature length",
-            f"it has {len(given)} characters, HMAC-SHA256 in hex has 64; let Sentry sign",
-        )
-    elif is_signed(body, given, [secret.strip() for secret in secrets]):
-        reason, words = (
-            "white space in secret",
-            "remove the white space around SENTRY_CLIENT_SECRET",
-        )
-    elif len(body) <= EXPLAIN_BYTES and is_signed(as_sentry_writes(body), given, secrets):
-        reason, words = (
-            "body rewritten",
-            "a proxy in between rewrote the body; make it pass the bytes on as they are",
-        )
-    else:
-        reason, words = (
-            "signature wrong",
-            "set SENTRY_CLIENT_SECRET to the Client Secret of the integration that sends",
-        )
-    raise Refused(401, reason, f"The Sentry-Hook-Signature is wrong: {words}.")
-
-
-def as_sentry_writes(body):
-    """Return the JSON of a body (bytes) in the bytes that Sentry would send, the body itself if it is none."""
-    with suppress(ValueError, RecursionError):
-        return json.dumps(json.loads(body), separators=(",", ":")).encode()
-    return body
-
-
-def reason_to_ignore(payload, accepted):
-    """Return why a delivery is not stored, as the reason to count and in words, or None if it is."""
-    action = text(payload.get("action"))
-    shown = ascii(cut(action, 40))
-    if find_error(payload) is None:
-        return "no error", f"a delivery with action {shown} that holds no new error"
-    if action is None or action in accepted:
-        return None
-    mend = (
-        f"; SENTRY_ACTIONS={','.join(accepted)},triggered takes issue alerts"
-        if action == "triggered"
-        else ""
-    )
-    return "action not accepted", f"action {shown} is not in SENTRY_ACTIONS{mend}"
+# The webhook
 
 
 @web.post("/sentry/webhook/")  # Sentry follows no redirect, and takes one for success
 @web.post("/sentry/webhook")
 def receive_webhook():
     """Take a delivery of Sentry's."""
-    received_at, started, shared = now(), time.monotonic(), collector()
-    try:
-        body = read_body(shared.settings["MAX_BODY_BYTES"])
-        check_signature(
-            body,
-            request.headers.get("Sentry-Hook-Signature"),
-            shared.settings["SENTRY_CLIENT_SECRET"],
-        )
-        payload = parse_body(body)
-    except Refused as refused:
-        shared.count("refused", refused.reason)
-        log_delivery(request.environ, started, f"refused {refused.status} {refused.reason}")
-        raise
-    ignored = reason_to_ignore(payload, shared.settings["SENTRY_ACTIONS"])
+    received_at = now()
+    settings = collector().settings
+    refuse_web_pages()
+    body = read_body(settings["MAX_BODY_BYTES"])
+    signature = request.headers.get("Sentry-Hook-Signature", "")
+    check_signature(body, signature, settings["SENTRY_CLIENT_SECRET"])
+    payload = parse_body(body)
+    ignored = reason_to_ignore(payload, settings["SENTRY_ACTIONS"])
     if ignored:
-        shared.count("ignored", ignored[0])
-        log_delivery(request.environ, started, f"ignored {ignored[1]}")
-        response = Response(
-            as_json({"status": "ignored", "reason": ignored[1]}), mimetype=FORMS["json"]
-        )
-    else:
-        resource = request.headers.get("Sentry-Hook-Resource")
-        response = Receipt(shared, shared.take(body, payload, resource, received_at), started)
-    response.call_on_close(shared.keep_house_at_times)
+        reason, words = ignored
+        collector().counts.add("ignored", reason)
+        return delivery_reply({"status": "ignored", "reason": words}, 200)
+    resource = request.headers.get("Sentry-Hook-Resource")
+    outcome, id_ = collector().keep(body, payload, resource, received_at)
+    reply = {"status": outcome}
+    if id_ is not None:
+        reply |= {"id": id_, "url": link(f"/errors/{id_}")}
+    return delivery_reply(reply, STATUSES[outcome])
+
+
+def delivery_reply(reply, status):
+    """Log a delivery's outcome; return the response, after which maintenance goes on."""
+    log_delivery(reply["status"], reply.get("id", ""), reply.get("reason", ""))
+    response = Response(as_json(reply), status, mimetype=FORMS["json"])
+    if status == 201:
+        response.headers["Location"] = reply["url"]
+    response.call_on_close(collector().maintain)
     return response
 
 
-class Receipt(Response):
-    """The reply to a delivery, made when the server asks for it: those that it was handed together share a commit."""
-
-    def __init__(self, shared, delivery, started):
-        super().__init__(mimetype=FORMS["json"])
-        self.shared, self.delivery, self.started = shared, delivery, started
-
-    def __call__(self, environ, start_response):
-        at_last = partial(self.shared.settle_at_last, self.delivery)
-        return ClosingIterator(self.settle(environ, start_response), [at_last, self.close])
-
-    def settle(self, environ, start_response):
-        self.shared.settle(self.delivery)
-        while not self.delivery.outcome:
-            if environ.get("collector.serves_others"):
-                yield b""  # gunicorn.conf.py's worker does so meanwhile, and asks again
-            self.shared.settle(self.delivery)
-        outcome, id_ = self.delivery.outcome, self.delivery.id
-        log_delivery(environ, self.started, outcome, id_)
-        reply, headers = {"status": outcome}, self.headers.to_wsgi_list()
-        if id_:
-            reply |= {"id": id_, "url": f"/errors/{id_}"}
-        if outcome == "stored":
-            headers.append(("Location", reply["url"]))
-        if outcome == "lost":
-            headers.append(("Retry-After", RETRY_AFTER))
-            reply = {
-                "error": "Neither the database nor the spool can be written; free the disk, see the log."
-            }
-        body = as_json(reply).encode()
-        start_response(RECEIPTS[outcome], [*headers, ("Content-Length", str(len(body)))])
-        yield body
+def refuse_web_pages():
+    """Raise Refused if a web page in somebody's browser sends the delivery."""
+    if request.headers.get("Sec-Fetch-Site") in CROSS_SITE:
+        words = "A web page has sent this; only Sentry, or a program of yours, may post here."
+        raise Refused(403, "sent by a web page", words)
 
 
-def log_delivery(environ, started, *words):
-    """Log a line about a delivery, nothing of its content in it."""
-    about = (environ.get(name, "-") for name in ("HTTP_SENTRY_HOOK_RESOURCE", "HTTP_REQUEST_ID"))
-    milliseconds = (time.monotonic() - started) * 1000
-    log.info(
-        "webhook %s; %s; %.0f ms",
-        joined(*words),
-        joined(*(HIDDEN.sub("?", word)[:40] for word in about)),
-        milliseconds,
+def read_body(limit):
+    """Return the request's body (bytes), of any transfer coding; raise Refused if it is too long or cut short."""
+    length = request.content_length
+    if length is not None and length > limit:
+        raise too_large(length, limit)
+    stream = request.environ["wsgi.input"]
+    try:
+        body = stream.read(limit + 1 if length is None else length)
+    except OSError:  # a chunk that is none, or a connection that broke off
+        body = None
+    if body is None or len(body) < (length or 0):
+        words = "The delivery broke off before all of it had come; send it again, faster."
+        raise Refused(400, "cut short", words)
+    if len(body) > limit:
+        raise too_large(f"more than {limit}", limit)
+    return body
+
+
+def too_large(length, limit):
+    """Return the Refused for a delivery of `length` bytes."""
+    words = (
+        f"The delivery has {length} bytes, the limit is {limit}; raise MAX_BODY_BYTES to take it."
     )
+    return Refused(413, "too large", words)
+
+
+def is_signed(body, given, secrets):
+    """Return True if `given` (bytes) is the signature of a body (bytes) by one of the client secrets."""
+    for secret in secrets:
+        key = secret.encode("utf-8", "surrogateescape")
+        signature = hmac.digest(key, body, "sha256").hex().encode()
+        if hmac.compare_digest(signature, given):
+            return True
+    return False
+
+
+def check_signature(body, signature, secrets):
+    """Raise Refused unless one of `secrets` signs the body, or there are none."""
+    given = signature.encode("utf-8", "replace")
+    if not secrets or is_signed(body, given, secrets):
+        return
+    if not given:
+        raise Refused(401, "signature missing", MISSING_SIGNATURE)
+    reason, cure = explain_signature(body, given, secrets)
+    raise Refused(401, reason, f"The Sentry-Hook-Signature is wrong: {cure}.")
+
+
+def explain_signature(body, given, secrets):
+    """Return the reason for a wrong signature, to be counted, and its probable cure."""
+    if len(given) != 64:
+        cure = f"it has {len(given)} characters, HMAC-SHA256 in hex has 64; let Sentry sign"
+        return "signature length", cure
+    if is_signed(body, given, [secret.strip() for secret in secrets]):
+        return "white space in secret", "remove the white space around SENTRY_CLIENT_SECRET"
+    if is_signed(body, given, [secret.strip(" \t\"'") for secret in secrets]):
+        return "quotes around secret", "remove the quotes around SENTRY_CLIENT_SECRET"
+    if len(body) <= EXPLAIN_BYTES and is_signed(as_sentry_writes(body), given, secrets):
+        cure = "a proxy in between rewrote the body; make it pass the bytes on as they are"
+        return "body rewritten", cure
+    cure = "set SENTRY_CLIENT_SECRET to the Client Secret of the integration that sends"
+    return "signature wrong", cure
+
+
+def as_sentry_writes(body):
+    """Return the JSON of a body (bytes) in the bytes that Sentry would send, or the body if it is no JSON."""
+    try:
+        return json.dumps(json.loads(body), separators=(",", ":")).encode()
+    except (ValueError, RecursionError):
+        return body
+
+
+def reason_to_ignore(payload, accepted):
+    """Return why a delivery is not stored, as (reason to count, words), or None if it is stored."""
+    action = text(payload.get("action"))
+    shown = ascii(cut(action, 40))
+    if find_error(payload) is None:
+        return "no error", f"a delivery with action {shown} that holds no new error"
+    if action is None or action in accepted:
+        return None
+    words = f"action {shown} is not in SENTRY_ACTIONS"
+    if action in ACTIONS:
+        words += f"; SENTRY_ACTIONS={','.join(accepted)},{action} takes it"
+    return "action not accepted", words
+
+
+def log_delivery(*outcome):
+    """Log a line about a delivery, with nothing of its content."""
+    ids = []
+    for name in ("Sentry-Hook-Resource", "Request-ID"):
+        ids.append(UNSAFE.sub("?", request.headers.get(name, "-"))[:40])
+    milliseconds = (time.monotonic() - g.started) * 1000
+    log.info("webhook %s; %s; %.0f ms", joined(*outcome), joined(*ids), milliseconds)
+
+
+def caller():
+    """Return the address of the client, and of those whom a proxy names, for a log line."""
+    forwarded = request.headers.get("X-Forwarded-For", "")
+    return UNSAFE.sub("?", joined(request.remote_addr or "a socket", forwarded))[:100]
+
+
+# What all requests share
+
+
+@web.before_app_request
+def start_clock():
+    """Note when the request began, for the log."""
+    g.started = time.monotonic()
 
 
 @web.before_request
 def guard_reading():
-    """Let only those read who know API_TOKEN, if it is set."""
-    token, given = collector().settings["API_TOKEN"], None
-    if not token or request.endpoint in ("web.receive_webhook", "web.show_health"):
+    """Let only those read who know API_TOKEN and name a trusted host, where these are set."""
+    if request.endpoint in ("web.receive_webhook", "web.show_health"):
         return
-    with suppress(ValueError):  # Werkzeug's, of a header that is not ASCII
-        given = request.authorization
-    words = (given.token if given.type == "bearer" else given.password) or "" if given else ""
-    if not hmac.compare_digest(
-        words.encode("utf-8", "replace"), token.encode("utf-8", "surrogateescape")
-    ):
-        abort(
-            401,
-            "Reading needs API_TOKEN; send 'Authorization: Bearer <token>', or the token as Basic password.",
-        )
+    settings = collector().settings
+    hosts = settings["TRUSTED_HOSTS"]
+    if hosts and not host_is_trusted(request.headers.get("Host"), hosts):
+        abort(400, "This Host is not in TRUSTED_HOSTS; use one that is, or add it there.")
+    token = settings["API_TOKEN"]
+    if token and not knows_token(token):
+        log_seldom("refused a reader without API_TOKEN, from %s", caller())
+        words = "send 'Authorization: Bearer <token>', or the token as Basic password"
+        abort(401, f"Reading needs API_TOKEN; {words}.")
+
+
+def knows_token(token):
+    """Return True if the request carries the token, as Bearer token or as Basic password."""
+    try:
+        authorization = request.authorization
+    except ValueError:  # the header is not ASCII
+        return False
+    if authorization is None:
+        return False
+    given = authorization.token if authorization.type == "bearer" else authorization.password
+    given = (given or "").encode("utf-8", "replace")
+    return hmac.compare_digest(given, token.encode("utf-8", "surrogateescape"))
+
+
+last_lines = {}  # monotonic time of the last line, by format
+
+
+def log_seldom(form, *values):
+    """Log a line of this form at most once a second, because strangers can cause it."""
+    if time.monotonic() > last_lines.get(form, -math.inf) + 1:
+        last_lines[form] = time.monotonic()
+        log.warning(form, *values)
+
+
+def link(path):
+    """Return the address of a path here: a whole one if PUBLIC_URL is set, else a path."""
+    return (collector().settings["PUBLIC_URL"] or request.script_root) + path
+
+
+def whole_link(path):
+    """Return the whole address of a path here, by PUBLIC_URL or by what the request says."""
+    if collector().settings["PUBLIC_URL"]:
+        return link(path)
+    # Werkzeug takes a host with an underscore, as compose services may have, for none.
+    host = re.sub(r"[^\w.:\[\]-]", "", request.headers.get("Host", "localhost"))
+    return f"{request.scheme}://{host}{request.script_root}{path}"
 
 
 def choose_form(*forms):
     """Return the form to reply in: what ?format= says, else what the Accept header prefers, else the first."""
-    asked, types = request.args.get("format"), {FORMS[form]: form for form in forms}
+    asked = request.args.get("format")
     if asked and asked not in forms:
         abort(400, f"format={ascii(asked[:40])} is unknown here; use one of {', '.join(forms)}.")
-    return asked or types[request.accept_mimetypes.best_match(types, FORMS[forms[0]])]
+    if asked:
+        return asked
+    types = {FORMS[form]: form for form in forms}
+    return types[request.accept_mimetypes.best_match(types, FORMS[forms[0]])]
 
 
 def read_query(*names):
-    """Return the query string as a dict without empty values; abort with 400 on a name not in `names` or a repeat."""
+    """Return the query string as a dict without empty values; abort with 400 on an unknown name or a repeat."""
     for name, values in request.args.lists():
         if name not in names:
-            abort(
-                400,
-                f"The parameter {ascii(name[:40])} is unknown here; known are {', '.join(names) or 'none'}.",
-            )
+            known = ", ".join(names) or "none"
+            abort(400, f"The parameter {ascii(name[:40])} is unknown here; known are {known}.")
         if len(values) > 1:
             abort(400, f"The parameter {name} is given {len(values)} times; give it once.")
-    return {name: clean(value.strip()) for name, value in request.args.items() if value.strip()}
+    query = {name: clean(value.strip()) for name, value in request.args.items()}
+    return {name: value for name, value in query.items() if value}
 
 
 def read_number(query, name, least, most):
-    """Return a whole number of the query, None if it isn't there; abort with 400 if it is none or out of bounds."""
-    value = query.get(name)
-    if value is not None and not (
-        re.fullmatch(r"[0-9]{1,19}", value) and least <= int(value) <= most
-    ):
-        abort(400, f"{name}={ascii(value[:40])} is no whole number from {least} to {most}.")
-    return value and int(value)
-
-
-def read_time(query, name):
-    """Return a time of the query, ISO 8601 or as long ago as 15m, 24h or 7d; abort with 400 if it is neither."""
+    """Return a whole number of the query, or None; abort with 400 if it is another thing or out of bounds."""
     value = query.get(name)
     if value is None:
         return None
-    ago = re.fullmatch(r"([0-9]{1,6})([mhd])", value)
+    is_number = re.fullmatch(r"[0-9]{1,19}", value) is not None
+    if not is_number or not least <= int(value) <= most:
+        abort(400, f"{name}={ascii(value[:40])} is not a whole number from {least} to {most}.")
+    return int(value)
+
+
+def read_time(query, name):
+    """Return a time of the query, ISO 8601, Unix seconds, or as long ago as 15m, 24h, 7d or 2w, or None.
+
+    Aborts with 400 if it is none of these.
+    """
+    value = query.get(name)
+    if value is None:
+        return None
+    ago = re.fullmatch(r"([0-9]{1,6})([mhdw])", value)
     if ago:
-        minutes = int(ago[1]) * {"m": 1, "h": 60, "d": 1440}[ago[2]]
-        found = moment(max(time.time() - minutes * 60, 0))
+        minutes = int(ago[1]) * {"m": 1, "h": 60, "d": 1440, "w": 10080}[ago[2]]
+        parsed = moment(max(time.time() - minutes * 60, 0))
+    elif re.fullmatch(r"[0-9]{9,11}(\.[0-9]{1,9})?", value):
+        parsed = moment(float(value))
     else:
-        found = moment(
-            value.replace(" ", "+") if "T" in value else value
-        )  # a plus that was not encoded
-    if found is None:
-        abort(
-            400,
-            f"{name}={ascii(value[:40])} is no time; use ISO 8601, as 2026-01-31T12:00:00Z, or 15m, 24h, 7d.",
-        )
-    return in_microseconds(datetime.fromisoformat(found))
+        parsed = moment(value.replace(" ", "+") if "T" in value else value)  # a plus not encoded
+    if parsed is None:
+        forms = "ISO 8601, as 2026-01-31T12:00:00Z, Unix seconds, or 15m, 24h, 7d, 2w"
+        abort(400, f"{name}={ascii(value[:40])} is not a time; use {forms}.")
+    return in_microseconds(datetime.fromisoformat(parsed))
 
 
 def read_filters(query):
-    """Return the filters of a query as Storage takes them."""
-    filters = {name: query.get(name) for name in (*FACETS, "q")}
+    """Return the filters of a query as Storage takes them; abort with 400 on a bad one."""
+    filters = {name: query.get(name) for name in (*FACETS, "event", "q")}
     filters |= {name: read_time(query, name) for name in ("since", "until")}
     filters |= {name: read_number(query, name, 0, 2**63 - 1) for name in ("before", "after")}
-    return {name: value for name, value in filters.items() if value is not None}
+    filters = {name: value for name, value in filters.items() if value is not None}
+    for level in filters.get("level", "error").split(","):
+        if level not in LEVELS:
+            known = ", ".join(LEVELS)
+            abort(400, f"level={ascii(level[:40])} is unknown; use {known}, comma-separated.")
+    count = len(words_of(filters.get("q", "")))
+    if count > QUERY_WORDS:
+        abort(400, f"q has {count} words, the limit is {QUERY_WORDS}; search for fewer.")
+    event_id = filters.get("q", "").replace("-", "").lower()
+    if re.fullmatch(r"[0-9a-f]{32}", event_id):
+        del filters["q"]
+        filters["event"] = event_id
+    return filters
+
+
+def reader(filters):
+    """Return a connection and the filters, narrowed, for a search that leaves no error out."""
+    database = collector().database
+    if match_expression(filters):
+        complete_index(database)
+    connection = database.reader()
+    return connection, narrow(connection, filters)
 
 
 def answer(form, state, render, links=None):
-    """Reply in a form with what `render` returns, or with 304 to a client that has it: `state` tells versions apart."""
-    etag = hashlib.sha256(as_json([STAMP, form, request.full_path, *state]).encode()).hexdigest()[
-        :32
-    ]
-    known = request.if_none_match.contains_weak(etag)
-    response = Response(status=304) if known else Response(render(), mimetype=FORMS[form])
+    """Reply in a form with what `render` returns, or with 304 to a client that has it.
+
+    `state` is what tells the reply from others of the same address and form.
+    """
+    address = [request.headers.get("Host"), request.scheme, request.full_path]
+    parts = as_json([STAMP, collector().settings["PUBLIC_URL"], form, *address, *state])
+    etag = hashlib.sha256(parts.encode()).hexdigest()[:32]
+    if request.if_none_match.contains_weak(etag):
+        response = Response(status=304)
+    else:
+        response = Response(render(), mimetype=FORMS[form])
     response.set_etag(etag)
-    response.headers.extend({"Link": links} if links else {})
+    if links:
+        response.headers["Link"] = links
     return response
 
 
-def moving(connection):
+# Reading
+
+
+def freshness(connection):
     """Return what a page changes with that shows neighbours, and how long ago things were."""
     return [*select_extent(connection), int(time.time() // 60)]
 
 
+@web.get("/errors/latest/")
 @web.get("/errors/latest")
 def show_latest():
     """Show the newest error in full."""
-    form, query = choose_form("json", "html", "text"), read_query(*FILTERS, "format", "refresh")
-    connection, filters = collector().database.connection(), read_filters(query)
-    for row in select_errors(connection, narrow(connection, filters), 1):
-        return show(connection, row, form, read_number(query, "refresh", 5, 3600))
-    words = (
-        "No error matches; /errors lists those there are."
-        if filters
-        else "No error has come in yet; see / for how."
-    )
-    return abort(404, words)
+    form = choose_form("json", "html", "text")
+    query = read_query(*FILTERS, "format", "refresh")
+    refresh = read_number(query, "refresh", 5, 3600)
+    filters = read_filters(query)
+    connection, narrowed = reader(filters)
+    rows, _ = select_errors(connection, narrowed, 1)
+    if rows:
+        return show(connection, rows[0], form, refresh)
+    if filters:
+        abort(404, "No error matches; /errors lists those there are.")
+    return abort(404, "No error has come in yet; see / for how.")
 
 
+@web.get("/errors/<int:id_>/")
 @web.get("/errors/<int:id_>")
 def show_error(id_):
     """Show one error in full."""
-    form, _ = choose_form("json", "html", "text"), read_query("format")
-    connection = collector().database.connection()
+    form = choose_form("json", "html", "text")
+    read_query("format")
+    connection = collector().database.reader()
     return show(connection, find_row(connection, id_), form)
 
 
+@web.get("/errors/<int:id_>/payload/")
 @web.get("/errors/<int:id_>/payload")
 def show_payload(id_):
     """Show a delivery as it was received, byte for byte."""
     read_query()
-    connection = collector().database.connection()
+    connection = collector().database.reader()
     row = find_row(connection, id_)
     return answer("json", [id_, row["received_at"]], lambda: find_body(connection, row))
 
 
-def found_or_404(found, id_):
-    """Return what was found of an error; abort with 404 if that is nothing."""
-    if found is None:
-        abort(404, f"There is no error {str(id_)[:20]}; /errors lists those there are.")
-    return found
-
-
 def find_row(connection, id_):
     """Return an error's row; abort with 404 if there is none."""
-    return found_or_404(select_error(connection, id_) if id_ < 2**63 else None, id_)
+    row = select_error(connection, id_) if id_ < 2**63 else None
+    if row is None:
+        abort_missing(id_)
+    return row
 
 
 def find_body(connection, row):
     """Return the body of a row's delivery (bytes); abort with 404 if it was deleted since the row was read."""
-    return found_or_404(select_body(connection, row["id"]), row["id"])
+    body = select_body(connection, row["id"])
+    if body is None:
+        abort_missing(row["id"])
+    return body
+
+
+def abort_missing(id_):
+    """Abort with 404 for an error that is not there."""
+    abort(404, f"There is no error {str(id_)[:20]}; /errors lists those there are.")
 
 
 def show(connection, row, form, refresh=None):
     """Reply with one error in full."""
-    id_, url = row["id"], url_for("web.show_error", id_=row["id"], _external=True)
-    renders = {
-        "json": lambda: as_json(detail(row, find_body(connection, row))),
-        "text": lambda: error_text(row, find_body(connection, row), url),
-        "html": lambda: render_template(
-            "detail.html", refresh=refresh, **error_page(connection, row)
-        ),
-    }
-    return answer(
-        form,
-        [id_, row["received_at"], *(moving(connection) if form == "html" else [])],
-        renders[form],
-    )
+    occurrences = select_occurrences(connection, row)
+    url = whole_link(f"/errors/{row['id']}")
+
+    def render():
+        body = find_body(connection, row)
+        if form == "json":
+            return as_json(detail(row, body, occurrences, link("")))
+        if form == "text":
+            return error_text(row, body, occurrences, url)
+        page = error_page(connection, row, body)
+        return render_template("detail.html", refresh=refresh, **page)
+
+    state = [dict(row), occurrences]
+    if form == "html":
+        state += freshness(connection)
+    return answer(form, state, render)
 
 
-def error_page(connection, row):
+def error_page(connection, row, body):
     """Return what the page of an error shows."""
-    found = parse_detail(load(find_body(connection, row)))
+    parsed = parse_detail(load(body))
     newer, older = select_neighbours(connection, row["id"])
-    siblings = select_errors(connection, {"issue": row["issue_id"]}, 11) if row["issue_id"] else []
-    chain = found["exceptions"][::-1]  # the one that gave the title first, then what caused it
-    if found["stacktrace"] and not any(exception["frames"] for exception in chain):
-        chain = [{**(chain[0] if chain else {}), "frames": found["stacktrace"]}, *chain[1:]]
+    siblings = []
+    if row["issue_id"]:
+        same = {"issue": row["issue_id"]}
+        if row["server"]:
+            same["server"] = row["server"]
+        siblings, _ = select_errors(connection, same, 11)
+    chain = parsed["exceptions"][::-1]  # the one that gave the title first, then what caused it
+    has_frames = any(exception["frames"] for exception in chain)
+    if parsed["stacktrace"] and not has_frames:
+        chain = [{**(chain[0] if chain else {}), "frames": parsed["stacktrace"]}, *chain[1:]]
     return {
-        "error": summary(row)
-        | {key: found[key] for key in ("tags", "actor", "request", "breadcrumbs")},
+        "error": summary(row, link("")) | parsed,
         "chain": chain,
         "marked": any(frame["in_app"] for exception in chain for frame in exception["frames"]),
         "newer": newer,
         "older": older,
-        "siblings": [summary(other) for other in siblings if other["id"] != row["id"]],
+        "siblings": [summary(other, link("")) for other in siblings if other["id"] != row["id"]],
     }
 
 
+@web.get("/errors/")
 @web.get("/errors")
 def list_errors():
     """List errors: a page of summaries or, as NDJSON, all of them in full."""
     form = choose_form("json", "html", "text", "ndjson")
     query = read_query(*FILTERS, "limit", "before", "after", "format", "refresh")
-    limit, refresh = read_number(query, "limit", 1, 1000), read_number(query, "refresh", 5, 3600)
-    connection, filters = collector().database.connection(), read_filters(query)
-    filters, oldest_first = narrow(connection, filters), "after" in filters
+    limit = read_number(query, "limit", 1, 1000)
+    filters = read_filters(query)
+    connection, narrowed = reader(filters)
+    oldest_first = "after" in filters
     if form == "ndjson":
-        # What is in a period changes by the clock alone.
-        state = [now()] if "since" in filters or "until" in filters else select_extent(connection)
-        return answer(form, state, lambda: export(collector(), filters, limit))
+        state = select_extent(connection)
+        if (
+            "since" in filters or "until" in filters
+        ):  # what is in a period changes by the clock alone
+            state = [now()]
+        return answer(form, state, lambda: export(collector().database, narrowed, limit, link("")))
     limit = limit or (50 if form == "html" else 100)
-    rows = select_errors(connection, filters, limit + 1, oldest_first)
-    rows, more = rows[:limit], len(rows) > limit
-    next_page = (
-        page_url(query, **{"after" if oldest_first else "before": rows[-1]["id"]}) if more else None
-    )
-    renders = {
-        "json": lambda: as_json([summary(row) for row in rows]),
-        "text": lambda: errors_text(rows, next_page),
-        "html": lambda: render_template(
-            "list.html", refresh=refresh, **list_page(connection, query, filters, rows, more)
-        ),
-    }
-    state = [
-        [[row["id"], row["received_at"]] for row in rows],
-        more,
-        *(moving(connection) if form == "html" else []),
-    ]
-    return answer(form, state, renders[form], more and f'<{next_page}>; rel="next"')
+    rows, has_more = select_errors(connection, narrowed, limit, oldest_first)
+    next_page = None
+    if has_more:
+        direction = "after" if oldest_first else "before"
+        next_page = list_link(query, **{direction: rows[-1]["id"]})
+    state = [[dict(row) for row in rows], has_more]
+    if form == "html":
+        state += freshness(connection)
+
+    def render():
+        if form == "json":
+            return as_json([summary(row, link("")) for row in rows])
+        if form == "text":
+            return errors_text(
+                rows, next_page and whole_link("") + next_page.removeprefix(link(""))
+            )
+        page = list_page(connection, query, narrowed, rows, has_more)
+        return render_template("list.html", **page)
+
+    return answer(form, state, render, next_page and f'<{next_page}>; rel="next"')
 
 
-def page_url(query, **changes):
-    """Return the URL of /errors for a query with changes, None taking a parameter out."""
-    return url_for("web.list_errors", _external=True, **(query | changes))
+def list_link(query, **changes):
+    """Return the address of /errors for a query with changes, None taking a parameter out."""
+    changed = query | changes
+    parameters = urlencode({name: value for name, value in changed.items() if value is not None})
+    return link("/errors") + (f"?{parameters}" if parameters else "")
 
 
-def list_page(connection, query, filters, rows, more):
+def list_page(connection, query, filters, rows, has_more):
     """Return what the page of a list shows; its chart and counts are of the newest 10,000 errors that match."""
-    oldest_first, query_ = (
-        "after" in filters,
-        {key: query[key] for key in query if key not in ("before", "after")},
-    )
-    rows = rows[::-1] if oldest_first else rows
-    wide = {key: value for key, value in filters.items() if key not in ("before", "after")}
-    seen = select_errors(connection, wide, 10_000, columns=("received_at", "project_slug", "level"))
-    has_newer, has_older = (more, True) if oldest_first else ("before" in filters, more)
-    counts = {
-        name: Counter(row[FACETS[name]] for row in seen if row[FACETS[name]])
-        for name in ("project", "level")
-    }
+    oldest_first = "after" in filters
+    plain_query = {name: value for name, value in query.items() if name not in ("before", "after")}
+    has_newer = "before" in filters
+    has_older = has_more
+    if oldest_first:
+        rows = rows[::-1]
+        has_newer = has_more
+        has_older = True
+    paging = ("before", "after")
+    wide = {name: value for name, value in filters.items() if name not in paging}
+    seen = select_overview(connection, wide)
     return {
-        "errors": [summary(row) for row in rows],
+        "errors": [summary(row, link("")) for row in rows],
         "query": query,
+        "refresh": query.get("refresh"),
         "filtered": bool(wide),
-        "newer": page_url(query_, after=rows[0]["id"]) if rows and has_newer else None,
-        "older": page_url(query_, before=rows[-1]["id"]) if rows and has_older else None,
-        "chart": chart([row["received_at"] for row in seen]),
+        "newer": list_link(plain_query, after=rows[0]["id"]) if rows and has_newer else None,
+        "older": list_link(plain_query, before=rows[-1]["id"]) if rows and has_older else None,
+        "chart": chart([at for at, _, _ in seen]),
         "seen": len(seen),
         "facets": {
-            name: [
-                (value, count, page_url(query_, **{name: value}))
-                for value, count in found.most_common(8)
-            ]
-            for name, found in counts.items()
+            "project": count_values("project", [project for _, project, _ in seen], plain_query),
+            "level": count_values("level", [level for _, _, level in seen], plain_query),
         },
-        "page_url": page_url,
+        "page_url": list_link,
     }
 
 
-def export(shared, filters, limit):
+def count_values(name, values, query):
+    """Return the eight most frequent values of a filter as (value, count, address of the list)."""
+    counts = Counter(value for value in values if value)
+    return [
+        (value, count, list_link(query, **{name: value})) for value, count in counts.most_common(8)
+    ]
+
+
+def export(database, filters, limit, base):
     """Yield errors in full, a line each, in reads so short that they stand in nobody's way."""
-    lines, oldest_first, left = [], "after" in filters, limit or 2**63 - 1
-    while left > 0:
-        connection = shared.database.connection()
-        rows = select_errors(connection, filters, min(left, 100), oldest_first)
-        for row in rows:
-            body = select_body(connection, row["id"])
-            if body is not None:  # deleted meanwhile
-                lines.append(as_json(detail(row, body)))
-            if sum(map(len, lines)) > 65536:
-                part, body = "".join(lines), None  # to keep little while the client takes it
-                lines.clear()
-                yield part
-                del part
-        left = left - len(rows) if len(rows) == 100 else 0
-        filters = filters | (
-            {"after" if oldest_first else "before": rows[-1]["id"]} if rows else {}
+    oldest_first = "after" in filters
+    left = limit or math.inf
+    has_more = True
+    while has_more and left > 0:
+        rows, has_more = select_errors(
+            database.reader(), filters, int(min(left, 100)), oldest_first
         )
-    yield "".join(lines)
+        for row in rows:
+            connection = database.reader()
+            body = select_body(connection, row["id"])
+            if body is not None:  # None: deleted meanwhile
+                yield as_json(detail(row, body, select_occurrences(connection, row), base))
+        left -= len(rows)
+        if rows:
+            filters = filters | {"after" if oldest_first else "before": rows[-1]["id"]}
 
 
 def describe_state():
-    """Return what the database and the spool hold; of a database that cannot be read, why."""
+    """Return what the database and the spool hold, and why if the database cannot be read."""
     shared = collector()
-    state = {"counts": {"errors": None, "spooled": len(shared.spool.names())}}
-    state |= {"newest": None, "last_delivery_at": None, "deliveries": [], "problem": None}
+    state = {
+        "counts": {"errors": None, "spooled": len(shared.spool.names())},
+        "newest": None,
+        "oldest": None,
+        "last_delivery_at": None,
+        "deliveries": [],
+        "database_bytes": None,
+        "problem": None,
+    }
     try:
-        connection = shared.database.connection()
+        connection = shared.database.reader()
         state["counts"]["errors"] = count_errors(connection)
-        state["newest"] = next(map(summary, select_errors(connection, {}, 1)), None)
+        newest, _ = select_errors(connection, {}, 1)
+        oldest, _ = select_errors(connection, {}, 1, oldest_first=True)
+        if newest:
+            state["newest"] = summary(newest[0], link(""))
+            state["oldest"] = summary(oldest[0], link(""))
         state["deliveries"] = select_deliveries(connection)
-        state["last_delivery_at"] = max(
-            (row["last_at"] for row in state["deliveries"]), default=None
-        )
+        times = [row["last_at"] for row in state["deliveries"]]
+        state["last_delivery_at"] = max(times, default=None)
+        state["database_bytes"] = database_bytes(connection)
     except (sqlite3.Error, OSError) as error:
-        shared.database.drop_connection()
+        shared.database.close_connection()
         state["problem"] = f"The database cannot be read: {error}."
     return state
 
 
 def describe_config():
-    """Return the settings without secrets, and what was found out about the machine."""
-    shared = collector()
-    secret, plain_ = ("SENTRY_DSN", "SENTRY_CLIENT_SECRET", "API_TOKEN"), dict(shared.settings)
-    is_set = {f"{name.lower()}_set": bool(plain_.pop(name)) for name in secret}
-    found = {
-        "database_path": str(plain_.pop("DATABASE_URL")),
-        "journal_mode": shared.database.journal_mode,
+    """Return the settings without secrets, and what depends on the machine."""
+    database = collector().database
+    settings = dict(collector().settings)
+    config = {}
+    for name in ("SENTRY_DSN", "SENTRY_CLIENT_SECRET", "API_TOKEN"):
+        config[f"{name.lower()}_set"] = bool(settings.pop(name))
+    path = settings.pop("DATABASE_URL")
+    config |= {name.lower(): value for name, value in settings.items()}
+    return config | {
+        "database_path": str(path),
+        "journal_mode": database.journal_mode,
+        "sqlite_version": sqlite3.sqlite_version,
+        "version": VERSION,
     }
-    found |= {"sqlite_version": sqlite3.sqlite_version, "version": VERSION}
-    return is_set | {name.lower(): value for name, value in plain_.items()} | found
 
 
 ABOUT = {
@@ -1906,69 +2441,84 @@ ABOUT = {
         "GET /errors/latest": f"the newest error, in full; {', '.join(FILTERS)}; format=json|html|text",
         "GET /errors/<id>": "one error, in full; format=json|html|text",
         "GET /errors/<id>/payload": "the delivery as it was received, byte for byte",
-        "GET /errors": "summaries, newest first; filters as above, limit, before, after; format= also ndjson, in full",
+        "GET /errors": "summaries, newest first; filters as above, limit, before, after; "
+        "format= also ndjson, in full",
         "GET /": "this overview",
         "GET /config": "the configuration, without secrets",
         "GET /health": "200 if a row can be committed, else 503",
     },
 }
 STEPS = (
-    "In Sentry: Settings > Developer Settings > Create New Integration > Internal Integration; this as Webhook URL; "
-    "permission Issue & Event: Read; webhooks: error (Business plan and above) or issue. For stack traces on every "
-    "plan: Alert Rule Action on, the integration as an action of an alert rule, SENTRY_ACTIONS=created,triggered here. "
-    "Then its Client Secret as SENTRY_CLIENT_SECRET here."
+    "In Sentry: Settings > Developer Settings > Create New Integration > Internal Integration; this as "
+    "Webhook URL; permission Issue & Event: Read; webhooks: error (Business plan and above) or issue. "
+    "For stack traces on every plan: Alert Rule Action on, the integration as an action of an alert "
+    "rule, SENTRY_ACTIONS=created,triggered here. Then its Client Secret as SENTRY_CLIENT_SECRET here."
 )
 
 
 @web.get("/")
 def show_overview():
     """Show what this service is and what it holds."""
-    form, state = choose_form("json", "html"), describe_state()
-    about = ABOUT | state
-    about |= {
-        "connect": {"webhook_url": url_for("web.receive_webhook", _external=True), "steps": STEPS}
-    }
-    if form == "html":
-        page = {**about, "config": describe_config()}
-        return answer(
-            form, [state, int(time.time() // 60)], lambda: render_template("overview.html", **page)
-        )
-    return answer(form, [about], lambda: as_json(about))
+    form = choose_form("json", "html")
+    connect = {"webhook_url": whole_link("/sentry/webhook"), "steps": STEPS}
+    about = ABOUT | describe_state() | {"connect": connect}
+    if form == "json":
+        return answer(form, [about], lambda: as_json(about))
+    page = about | {"config": describe_config()}
+    state = [page, int(time.time() // 60)]
+    return answer(form, state, lambda: render_template("overview.html", **page))
 
 
+@web.get("/config/")
 @web.get("/config")
 def show_config():
     """Show the configuration, no secret in it, and how deliveries fare."""
     state = describe_state()
-    fare = {name: state[name] for name in ("last_delivery_at", "deliveries", "problem")}
-    config = describe_config() | {"spooled": state["counts"]["spooled"]} | fare
+    config = describe_config() | {"spooled": state["counts"]["spooled"]}
+    config |= {name: state[name] for name in ("last_delivery_at", "deliveries", "problem")}
     return answer("json", [config], lambda: as_json(config))
 
 
+@web.get("/health/")
 @web.get("/health")
 def show_health():
-    """Say whether an error that comes in now would be committed."""
+    """Show whether an error that comes in now would be committed."""
     try:
         check_writable(collector().database)
     except (sqlite3.Error, OSError) as error:
         waiting = len(collector().spool.names())
-        abort(
-            503,
-            f"The database cannot be written: {error}; free its lock or disk. {waiting} deliveries are spooled.",
-        )
+        words = f"The database cannot be written: {error}; {cure_of(error)}."
+        abort(503, f"{words} {waiting} deliveries are spooled.")
     response = Response(as_json({"status": "ok"}), mimetype=FORMS["json"])
-    response.call_on_close(collector().keep_house)
+    response.call_on_close(collector().maintain)
     return response
+
+
+def cure_of(error):
+    """Return what to do about a database that cannot be written."""
+    if is_busy(error):
+        return "end the program that holds its lock, or wait for it"
+    code = getattr(error, "sqlite_errorcode", 0) & 0xFF
+    if code == sqlite3.SQLITE_FULL or getattr(error, "errno", 0) == errno.ENOSPC:
+        return "free space on the disk"
+    if code in (sqlite3.SQLITE_CORRUPT, sqlite3.SQLITE_NOTADB):
+        return "restore a backup, 'flask --app collector restore FILE'"
+    if code in (sqlite3.SQLITE_READONLY, sqlite3.SQLITE_CANTOPEN, sqlite3.SQLITE_PERM):
+        return "make the folder and its files writable for the collector's user"
+    return "see the log"
+
+
+# Replies to what cannot be served
 
 
 def reply_with_error(status, words, headers=()):
     """Reply with the one error shape, or with a page of the same words to browsers."""
-    types = [FORMS["json"], FORMS["html"]]
-    headers = [*headers, *([("Retry-After", RETRY_AFTER)] if status == 503 else [])]
-    if (
-        request.args.get("format") not in ("json", "text", "ndjson")
-        and request.accept_mimetypes.best_match(types) == FORMS["html"]
-    ):
+    headers = list(headers)
+    if status == 503:
+        headers.append(("Retry-After", RETRY_AFTER))
+    accepted = request.accept_mimetypes.best_match([FORMS["json"], FORMS["html"]])
+    is_named = request.args.get("format") in ("json", "text", "ndjson", "atom")
+    if accepted == FORMS["html"] and not is_named:
         page = render_template("error.html", status=status, words=words)
         return Response(page, status, headers, mimetype=FORMS["html"])
     # 1,024 bytes are what Sentry keeps of a refusal, for the integration's owner to read.
@@ -1981,32 +2531,55 @@ def handle_http_error(error):
     """Reply to what a route aborted with, or Flask itself."""
     if (error.code or 0) < 400:
         return error
-    own = error.description != type(error).description
-    words = (
-        error.description
-        if own
-        else f"{error.name} for {request.method} of this page; / lists what there is."
-    )
+    words = error.description
+    if words == type(error).description:
+        words = f"{error.name} for {request.method} of this page; / lists what there is."
+    if request.method == "POST" and error.code in (404, 405):
+        words = (
+            f"Nothing takes a POST here; Sentry's webhooks go to {whole_link('/sentry/webhook')}"
+        )
+        collector().counts.add("refused", "wrong address")
+        log_seldom(
+            "webhook refused, wrong address %s, from %s",
+            UNSAFE.sub("?", request.path)[:100],
+            caller(),
+        )
     headers = [item for item in error.get_headers() if item[0] == "Allow"]
-    challenge = [("WWW-Authenticate", 'Basic realm="Sentry Error Collector", charset="UTF-8"')]
-    return reply_with_error(error.code, words, headers + (challenge if error.code == 401 else []))
+    if error.code == 401:
+        challenge = 'Basic realm="Sentry Error Collector", charset="UTF-8"'
+        headers.append(("WWW-Authenticate", challenge))
+    return reply_with_error(error.code, words, headers)
 
 
 def handle_refusal(refused):
-    """Reply to a delivery that is not taken."""
-    return reply_with_error(refused.status, refused.words)
+    """Count, log and reply to a delivery that is not taken."""
+    collector().counts.add("refused", refused.reason)
+    log_delivery(f"refused {refused.status} {refused.reason}, from {caller()}")
+    response = reply_with_error(refused.status, refused.words)
+    response.call_on_close(collector().maintain)
+    return response
 
 
 def handle_failure(error):
-    """Reply to a read that the database, its disk or the memory failed."""
-    collector().note("cannot read", error)
-    collector().database.drop_connection()
+    """Reply to a read that the database, its disk, the memory or the clock ended."""
+    if is_interrupted(error):
+        log_seldom("ended a search that took too long, from %s", caller())
+        words = "The search takes longer than half a second; narrow the search: fewer words, or a filter."
+        return reply_with_error(503, words)
+    collector().log_failure("cannot read", error)
+    collector().database.close_connection()
     return reply_with_error(503, f"The database cannot be read: {error}; try again.")
 
 
+def handle_incomplete_index(error):
+    """Reply to a search that the index cannot answer yet."""
+    return reply_with_error(503, str(error))
+
+
 def handle_fault(error):
-    """Reply to a fault of our own."""
-    log.error("fault in %s %s", request.method, HIDDEN.sub("?", request.path)[:100], exc_info=error)
+    """Reply to a fault of the collector's own."""
+    path = UNSAFE.sub("?", request.path)[:100]
+    log.error("fault in %s %s", request.method, path, exc_info=error)
     collector().report(error)
     return reply_with_error(500, "A fault of the collector's own; its log says more.")
 
@@ -2017,24 +2590,73 @@ def add_headers(response):
     return response
 
 
+# Commands
+
+
 @web.cli.command("backup")
-@click.argument("file", type=click.Path(exists=False, dir_okay=False, path_type=Path))
+@click.argument("file", type=click.Path(dir_okay=False, path_type=Path))
 def backup_command(file):
     """Copy the database to a new FILE while the service runs."""
+    path = collector().database.path
     if file.exists():
         raise click.ClickException(f"{file} exists; name a new file.")
+    if not path.exists():
+        raise click.ClickException(f"There is no database at {path}; name it by DATABASE_URL.")
+
+    def report(share):
+        if sys.stderr.isatty():
+            click.echo(f"\r{share:4.0%} ", nl=False, err=True)
+
     try:
-        backup(
-            collector().database.path,
-            file,
-            lambda share: click.echo(f"\r{share:4.0%}", nl=False, err=True),
-        )
-        with closing(sqlite3.connect(file)) as copy:
-            click.echo(
-                f"\r{file}: {count_errors(copy)} errors, {file.stat().st_size} bytes", err=True
-            )
+        with closing(open_read_only(path)) as source:
+            copy_database(source, file, report)
+        with closing(open_read_only(file)) as copy:
+            errors = count_errors(copy)
     except (sqlite3.Error, OSError) as error:
-        raise click.ClickException(f"cannot copy to {file}: {error}") from None
+        raise click.ClickException(f"cannot copy {path} to {file}: {error}") from None
+    click.echo(f"{file}: {errors} errors, {file.stat().st_size} bytes")
+
+
+@web.cli.command("restore")
+@click.argument("file", type=click.Path(exists=True, dir_okay=False, path_type=Path))
+@click.option("--yes", is_flag=True, help="Replace what is there.")
+def restore_command(file, yes):
+    """Replace the errors by those of FILE, a backup, whether the service runs or not."""
+    database = collector().database
+    try:
+        errors = check_backup(file)
+    except ValueError as error:
+        raise click.ClickException(str(error)) from None
+    check_folder(database.path)
+    try:
+        replaced_errors = count_errors(database.connection())
+        click.echo(
+            f"{file} has {errors} errors; {database.path} has {replaced_errors}, which it replaces."
+        )
+        if not yes:
+            raise click.ClickException("Nothing is changed; add --yes to replace them.")
+        replaced = restore(database, file)
+    except (sqlite3.Error, OSError) as error:
+        raise click.ClickException(f"cannot restore {file}: {error}") from None
+    finally:
+        database.close()
+    click.echo(f"Restored. What was there is in {replaced}.")
+
+
+@web.cli.command("health")
+def health_command():
+    """Exit with status 0 if the service answers on its port that it is healthy."""
+    port = collector().settings["PORT"]
+    connection = http.client.HTTPConnection("127.0.0.1", port, timeout=4)
+    try:
+        connection.request("GET", "/health")
+        response = connection.getresponse()
+        words = response.read().decode().strip()
+    except (OSError, http.client.HTTPException) as error:
+        raise click.ClickException(f"no answer on port {port}: {error}") from None
+    if response.status != 200:
+        raise click.ClickException(words)
+    click.echo(words)
 
 
 # --------------------------------------------------------------------------------------------------
@@ -2047,16 +2669,30 @@ DEFAULTS = {
     "SENTRY_CLIENT_SECRET": "",
     "SENTRY_ACTIONS": "created",
     "API_TOKEN": "",
+    "PUBLIC_URL": "",
+    "TRUSTED_HOSTS": "",
     "RETENTION_DAYS": "",
     "MAX_BODY_BYTES": str(5 * 1024 * 1024),
-    "WEB_CONCURRENCY": "2",
+    "WEB_CONCURRENCY": "4",
     "PORT": "8000",
 }
-STAMP = [VERSION, Path(__file__).stat().st_mtime_ns]  # other code makes other replies
+ACTIONS = "created", "triggered", "unresolved"  # actions of deliveries that hold an error
 CONTENT_SECURITY_POLICY = (
     "default-src 'none'; style-src 'sha256-{}'; img-src data:; form-action 'self'; base-uri 'none'; "
     "frame-ancestors 'none'"
 )
+
+
+def stamp_code():
+    """Return what changes when the code or a template does, because other code makes other replies."""
+    folder = Path(__file__).parent
+    hashed = hashlib.sha256(VERSION.encode())
+    for path in (Path(__file__), *sorted((folder / "templates").iterdir())):
+        hashed.update(path.read_bytes())
+    return hashed.hexdigest()
+
+
+STAMP = stamp_code()
 
 
 def fail(name, fault, example):
@@ -2064,71 +2700,97 @@ def fail(name, fault, example):
     raise SystemExit(f"{name}: {fault}; for example {name}={example}")
 
 
-def whole_number(settings, name, least, most):
-    """Return a setting as a number; end the start if it is none or out of bounds."""
+def read_whole_number(settings, name, least, most):
+    """Return a setting as a number; end the start if it is another thing or out of bounds."""
     value = settings[name].strip()
-    if not re.fullmatch(r"[0-9]{1,12}", value) or not least <= int(value) <= most:
-        fail(
-            name,
-            f"{ascii(value[:40])} is no whole number from {least} to {most}",
-            DEFAULTS[name] or 30,
-        )
+    is_number = re.fullmatch(r"[0-9]{1,12}", value) is not None
+    if not is_number or not least <= int(value) <= most:
+        fault = f"{ascii(value[:40])} is not a whole number from {least} to {most}"
+        fail(name, fault, DEFAULTS[name] or 30)
     return int(value)
 
 
-def database_path(url):
-    """Return the path in a DATABASE_URL; end the start if there is none."""
-    found = re.fullmatch(r"sqlite(?:\+aiosqlite)?:///([^?#]+)", url.strip())
-    if not found or found[1] == ":memory:":
+def read_list(settings, name):
+    """Return the parts of a comma-separated setting."""
+    return [part for part in re.split(r"\s*,\s*", settings[name]) if part]
+
+
+def read_database_path(settings):
+    """Return the path in DATABASE_URL, its links resolved; end the start if there is none."""
+    url = settings["DATABASE_URL"].strip()
+    match = re.fullmatch(r"sqlite(?:\+aiosqlite)?:///([^?#]+)", url)
+    if not match or match[1] == ":memory:":
         scheme = ascii(url.split(":")[0][:40])  # the rest of a foreign URL may hold a password
-        fail(
-            "DATABASE_URL",
-            f"it must name a file as sqlite:///PATH, its scheme is {scheme}",
-            DEFAULTS["DATABASE_URL"],
-        )
-    return Path(found[1]).absolute()
+        fault = f"it must name a file as sqlite:///PATH, its scheme is {scheme}"
+        fail("DATABASE_URL", fault, DEFAULTS["DATABASE_URL"])
+    # SQLite puts the WAL beside the file that a link leads to.
+    return Path(os.path.realpath(match[1]))
+
+
+def read_secrets(settings):
+    """Return the client secrets, as they were typed: a refusal says what may be wrong with their ends."""
+    secrets = read_list(settings, "SENTRY_CLIENT_SECRET")
+    if settings["SENTRY_CLIENT_SECRET"] and not secrets:
+        fail("SENTRY_CLIENT_SECRET", "there is no secret between its commas", "0123abcd,4567ef89")
+    return secrets
+
+
+def read_actions(settings):
+    """Return the accepted actions; end the start on an unknown one."""
+    actions = read_list({"SENTRY_ACTIONS": settings["SENTRY_ACTIONS"].strip()}, "SENTRY_ACTIONS")
+    unknown = [action for action in actions if action not in ACTIONS]
+    if unknown or not actions:
+        fault = f"{ascii(','.join(unknown)[:40])} is unknown, known are {', '.join(ACTIONS)}"
+        fail("SENTRY_ACTIONS", fault, "created,triggered")
+    return actions
+
+
+def read_public_url(settings):
+    """Return PUBLIC_URL without a slash at its end; end the start if it is no address."""
+    url = settings["PUBLIC_URL"].strip().rstrip("/")
+    if url and not re.fullmatch(r"https?://[^\s/?#\"'<>\\]+(/[^\s?#\"'<>\\]*)?", url):
+        fault = f"{ascii(url[:60])} is not an address that begins with http:// or https://"
+        fail("PUBLIC_URL", fault, "https://errors.example.com")
+    return url
+
+
+def read_token(settings):
+    """Return API_TOKEN; end the start if a header cannot carry it."""
+    token = settings["API_TOKEN"].strip()
+    if not token.isascii() or not token.isprintable():
+        fail("API_TOKEN", "it has characters other than ASCII", "5f1c0a9e7b3d4c62")
+    return token
 
 
 def read_settings(config=None):
-    """Return the settings, checked, of `config`, the environment, .env and the defaults, the first that has one.
+    """Return the checked settings of `config`, the environment, .env and the defaults, the first that has one.
 
     An empty value is an unset one. Raises SystemExit with one line about the first that is bad.
     """
     settings = dict(DEFAULTS)
     for source in (dotenv_values(".env"), os.environ, config or {}):
-        settings |= {
-            name: str(source[name]) for name in DEFAULTS if str(source.get(name) or "").strip()
-        }
-    secrets = [part for part in re.split(r"\s*,\s*", settings["SENTRY_CLIENT_SECRET"]) if part]
-    if settings["SENTRY_CLIENT_SECRET"] and not secrets:
-        fail("SENTRY_CLIENT_SECRET", "there is no secret between its commas", "0123abcd,4567ef89")
-    actions = [
-        action for action in re.split(r"\s*,\s*", settings["SENTRY_ACTIONS"].strip()) if action
-    ]
-    if not actions or not all(re.fullmatch(r"[a-z_]+", action) for action in actions):
-        fail(
-            "SENTRY_ACTIONS",
-            "it must be actions of Sentry's, separated by commas",
-            "created,triggered",
-        )
+        for name in DEFAULTS:
+            value = str(source.get(name) or "")
+            if value.strip():
+                settings[name] = value
+    days = settings["RETENTION_DAYS"]
     return {
-        "DATABASE_URL": database_path(settings["DATABASE_URL"]),
+        "DATABASE_URL": read_database_path(settings),
         "SENTRY_DSN": settings["SENTRY_DSN"].strip(),
-        # Its ends are not stripped: what was typed is the secret, and a refusal says what may be wrong with it.
-        "SENTRY_CLIENT_SECRET": secrets,
-        "SENTRY_ACTIONS": actions,
-        "API_TOKEN": settings["API_TOKEN"].strip(),
-        "RETENTION_DAYS": whole_number(settings, "RETENTION_DAYS", 1, 36500)
-        if settings["RETENTION_DAYS"]
-        else None,
-        "MAX_BODY_BYTES": whole_number(settings, "MAX_BODY_BYTES", 1, 512 * 1024 * 1024),
-        "WEB_CONCURRENCY": whole_number(settings, "WEB_CONCURRENCY", 1, 256),
-        "PORT": whole_number(settings, "PORT", 1, 65535),
+        "SENTRY_CLIENT_SECRET": read_secrets(settings),
+        "SENTRY_ACTIONS": read_actions(settings),
+        "API_TOKEN": read_token(settings),
+        "PUBLIC_URL": read_public_url(settings),
+        "TRUSTED_HOSTS": read_list(settings, "TRUSTED_HOSTS"),
+        "RETENTION_DAYS": read_whole_number(settings, "RETENTION_DAYS", 1, 36500) if days else None,
+        "MAX_BODY_BYTES": read_whole_number(settings, "MAX_BODY_BYTES", 1, 512 * 1024 * 1024),
+        "WEB_CONCURRENCY": read_whole_number(settings, "WEB_CONCURRENCY", 1, 256),
+        "PORT": read_whole_number(settings, "PORT", 1, 65535),
     }
 
 
 def check_folder(path):
-    """Make the folders of the database and the spool; end the start if they cannot be written."""
+    """Make the folders of the database and the spool; end the process if they cannot be written."""
     folder = path.parent
     try:
         (folder / "spool").mkdir(parents=True, exist_ok=True)
@@ -2138,125 +2800,118 @@ def check_folder(path):
         if path.is_dir():
             raise IsADirectoryError(f"{path} is a folder")
     except OSError as error:
-        whose = (
-            f" owned by uid {folder.stat().st_uid}, this is uid {os.getuid()}"
-            if folder.exists()
-            else ""
-        )
+        whose = f", this is uid {os.getuid()}"
+        if folder.exists():
+            whose = f" owned by uid {folder.stat().st_uid}{whose}"
         fault = f"cannot write in {folder}{whose} ({error.strerror or error}); chown it, or name another"
         fail("DATABASE_URL", fault, DEFAULTS["DATABASE_URL"])
 
 
+REPORTED = "event_id", "timestamp", "platform", "level", "exception", "release"  # keys of a report
+REPORT_SECONDS = 60  # shortest time between two reports
+
+
 def start_reports(dsn):
-    """Return a function that reports an exception to Sentry, once a minute at most."""
+    """Return a function that reports an exception to Sentry, once in REPORT_SECONDS at most."""
     import sentry_sdk  # here, because it costs a worker 10 MB and most run without
 
-    kept, last = ("event_id", "timestamp", "platform", "level", "exception", "release"), [-math.inf]
+    reported_at = -math.inf
 
     def scrub(event, hint):
-        # Neither a webhook's content nor a secret may leave: of an exception only what SQLite or the system say of it.
-        for value in event.get("exception", {}).get("values", ()):
-            value["value"] = (
-                value["value"] if isinstance(hint["exc_info"][1], sqlite3.Error | OSError) else ""
-            )
-        return {key: event[key] for key in kept if key in event}
+        # Neither a webhook's content nor a secret may leave: of an exception only what SQLite or
+        # the system say of it.
+        is_of_system = isinstance(hint["exc_info"][1], sqlite3.Error | OSError)
+        if not is_of_system:
+            for value in event.get("exception", {}).get("values", ()):
+                value["value"] = ""
+        return {key: event[key] for key in REPORTED if key in event}
 
     def report(error):
-        if (
-            time.monotonic() - last[0] > 60
-        ):  # a report may come back as a webhook, which may fail again
-            last[0] = time.monotonic()
+        nonlocal reported_at
+        # A report may come back as a webhook, which may fail again.
+        if time.monotonic() > reported_at + REPORT_SECONDS:
+            reported_at = time.monotonic()
             sentry_sdk.capture_exception(error)
 
-    options = {
-        "default_integrations": False,
-        "auto_enabling_integrations": False,
-        "send_client_reports": False,
-    }
-    options |= {
-        "include_local_variables": False,
-        "include_source_context": False,
-        "max_breadcrumbs": 0,
-    }
     try:
-        sentry_sdk.init(dsn, release=VERSION, before_send=scrub, **options)
+        sentry_sdk.init(
+            dsn,
+            release=VERSION,
+            before_send=scrub,
+            default_integrations=False,
+            auto_enabling_integrations=False,
+            send_client_reports=False,
+            include_local_variables=False,
+            include_source_context=False,
+            max_breadcrumbs=0,
+        )
     except (sentry_sdk.utils.BadDsn, ValueError):
-        fail("SENTRY_DSN", "it is no DSN of Sentry's", "https://key@o0.ingest.sentry.io/0")
+        fail("SENTRY_DSN", "it is not a DSN of Sentry's", "https://key@o0.ingest.sentry.io/0")
     return report
 
 
 def start_log():
     """Write the log to standard error, in the form of gunicorn's."""
-    if not log.handlers:
-        form = logging.Formatter(
-            "[%(asctime)s] [%(process)d] [%(levelname)s] %(message)s", "%Y-%m-%d %H:%M:%S %z"
-        )
-        log.addHandler(logging.StreamHandler())
-        log.handlers[0].setFormatter(form)
-        log.setLevel(logging.INFO)
-        log.propagate = False
+    if log.handlers:
+        return
+    form = "[%(asctime)s] [%(process)d] [%(levelname)s] %(message)s"
+    handler = logging.StreamHandler()
+    handler.setFormatter(logging.Formatter(form, "%Y-%m-%d %H:%M:%S %z"))
+    log.addHandler(handler)
+    log.setLevel(logging.INFO)
+    log.propagate = False
 
 
 def describe_start(shared):
     """Return what is on and what is off, in one line."""
     settings = shared.settings
-    secrets, days = settings["SENTRY_CLIENT_SECRET"], settings["RETENTION_DAYS"]
-    return "; ".join(
-        (
-            f"collector {VERSION}",
-            "signature check " + ("on" if secrets else "OFF, anybody can post"),
-            "read token " + ("on" if settings["API_TOKEN"] else "OFF, anybody can read"),
-            "Sentry reports " + ("on" if settings["SENTRY_DSN"] else "off"),
-            "actions " + ",".join(settings["SENTRY_ACTIONS"]),
-            f"journal mode {shared.database.journal_mode}",
-            f"retention {f'{days} days' if days else 'off'}",
-            *(
-                ["SENTRY_CLIENT_SECRET has white space at its ends"]
-                if secrets != [item.strip() for item in secrets]
-                else []
-            ),
-        )
-    )
+    secrets = settings["SENTRY_CLIENT_SECRET"]
+    days = settings["RETENTION_DAYS"]
+    parts = [
+        f"collector {VERSION}",
+        "signature check " + ("on" if secrets else "OFF, anybody can post"),
+        "read token " + ("on" if settings["API_TOKEN"] else "OFF, anybody can read"),
+        "trusted hosts " + (", ".join(settings["TRUSTED_HOSTS"]) or "any"),
+        "public URL " + (settings["PUBLIC_URL"] or "as requested"),
+        "Sentry reports " + ("on" if settings["SENTRY_DSN"] else "off"),
+        "actions " + ",".join(settings["SENTRY_ACTIONS"]),
+        f"journal mode {shared.database.journal_mode}",
+        "retention " + (f"{days} days" if days else "off"),
+    ]
+    for ends in (string.whitespace, "\"'"):
+        if secrets != [secret.strip(ends) for secret in secrets]:
+            kind = "white space" if ends == string.whitespace else "quotes"
+            parts.append(f"SENTRY_CLIENT_SECRET has {kind} at its ends")
+    return "; ".join(parts)
 
 
 def create_app(config=None):
-    """Return the app, its settings from `config` or the environment (see read_settings), its database made."""
-    settings = read_settings(config)
-    check_folder(settings["DATABASE_URL"])
-    return make_app(settings)
-
-
-def make_app(settings):
-    """Return the app of settings that were read and checked, its database made."""
+    """Return the app, its settings from `config` or the environment (see read_settings); no file is made."""
     start_log()
+    settings = read_settings(config)
     app = Flask(__name__, static_folder=None)
     app.url_map.merge_slashes = False  # it would redirect, which Sentry takes for success
-    shared = app.extensions["collector"] = Collector(settings)
+    shared = Collector(settings)
+    app.extensions["collector"] = shared
     if settings["SENTRY_DSN"]:
         shared.report = start_reports(settings["SENTRY_DSN"])
     style = Path(app.root_path, "templates", "style.css").read_text(encoding="utf-8")
-    digest = base64.b64encode(hashlib.sha256(style.encode()).digest()).decode()
+    digest_of_style = base64.b64encode(hashlib.sha256(style.encode()).digest()).decode()
     app.config["HEADERS"] = {
-        "Content-Security-Policy": CONTENT_SECURITY_POLICY.format(digest),
+        "Content-Security-Policy": CONTENT_SECURITY_POLICY.format(digest_of_style),
         "X-Content-Type-Options": "nosniff",
         "Referrer-Policy": "no-referrer",
         "Cache-Control": "private, no-cache",
         "Vary": "Accept, Authorization",
     }
-    app.jinja_env.globals.update(style=Markup(style), version=VERSION)
+    app.jinja_env.globals.update(style=Markup(style), version=VERSION, link=link)
     app.jinja_env.filters.update({function.__name__: function for function in PAGE_FILTERS})
     app.register_blueprint(web)
     app.after_request(add_headers)
     app.register_error_handler(HTTPException, handle_http_error)
     app.register_error_handler(Refused, handle_refusal)
+    app.register_error_handler(IndexIncomplete, handle_incomplete_index)
     for kind in (sqlite3.Error, OSError, MemoryError):
         app.register_error_handler(kind, handle_failure)
     app.register_error_handler(Exception, handle_fault)
-    log.info(describe_start(shared))
-    try:
-        shared.database.connection()
-        shared.keep_house()
-    except (sqlite3.Error, OSError) as error:  # no reason not to start: deliveries are spooled
-        log.error("the database cannot be used, deliveries will be spooled: %s", error)
-    shared.database.close()  # nothing open may be carried across a fork
     return app
