@@ -1123,9 +1123,9 @@ def select_occurrences(connection, row):
     counted = connection.execute(sql, key).fetchone()
     if counted is None:  # deleted since the row was read
         return None
-    sql = """SELECT release FROM (SELECT id, release FROM errors
-            WHERE issue_id = :issue_id AND server IS :server ORDER BY id DESC LIMIT 1000)
-        WHERE release IS NOT NULL GROUP BY release ORDER BY max(id) DESC LIMIT 20"""
+    sql = """SELECT release FROM (SELECT received_at, release FROM errors
+            WHERE issue_id = :issue_id AND server IS :server ORDER BY received_at DESC LIMIT 1000)
+        WHERE release IS NOT NULL GROUP BY release ORDER BY max(received_at) DESC LIMIT 20"""
     releases = [release for (release,) in connection.execute(sql, key)]
     return dict(counted) | {"releases": releases}
 
