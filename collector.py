@@ -983,8 +983,9 @@ def narrow(connection, filters):
     narrowed = dict(filters)
     if "issue" in filters:
         sql = """SELECT issue_id, server FROM errors WHERE short_id = :issue
-            AND issue_id IS NOT NULL ORDER BY id DESC LIMIT 1"""
-        row = connection.execute(sql, filters).fetchone()
+            AND issue_id IS NOT NULL AND (:server IS NULL OR server = :server)
+            ORDER BY id DESC LIMIT 1"""
+        row = connection.execute(sql, {"server": None} | filters).fetchone()
         if row:
             narrowed["issue"] = row["issue_id"]
             if row["server"]:
