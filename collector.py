@@ -573,7 +573,7 @@ class Database:
                 connection.execute(f"PRAGMA journal_mode = {self.journal_mode}")
                 self.upgrade(connection)
         except (BlockingIOError, sqlite3.OperationalError) as error:
-            if is_busy(error) and version:
+            if is_busy(error) and 0 < version < SCHEMA_VERSION:
                 change = f"from version {version} to {SCHEMA_VERSION}"
                 raise sqlite3.OperationalError(
                     f"its schema has to be changed {change}, and another process holds its lock"
