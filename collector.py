@@ -2510,7 +2510,10 @@ def cure_of(error):
     if code == sqlite3.SQLITE_FULL or getattr(error, "errno", 0) == errno.ENOSPC:
         return "free space on the disk"
     if code in (sqlite3.SQLITE_CORRUPT, sqlite3.SQLITE_NOTADB):
-        return "restore a backup, 'flask --app collector restore FILE'"
+        return (
+            "move it and the files beside it that begin with its name away, then restore a backup: "
+            "flask --app collector restore FILE"
+        )
     if code in (sqlite3.SQLITE_READONLY, sqlite3.SQLITE_CANTOPEN, sqlite3.SQLITE_PERM):
         return "make the folder and its files writable for the collector's user"
     return "see the log"
@@ -2645,7 +2648,8 @@ def restore_command(file, yes):
             raise click.ClickException("Nothing is changed; add --yes to replace them.")
         replaced = restore(database, file)
     except (sqlite3.Error, OSError) as error:
-        raise click.ClickException(f"cannot restore {file}: {error}") from None
+        words = f"cannot replace {database.path} by {file}: {error}; {cure_of(error)}"
+        raise click.ClickException(words) from None
     finally:
         database.close()
     click.echo(f"Restored. What was there is in {replaced}.")
