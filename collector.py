@@ -2003,8 +2003,9 @@ def log_delivery(*outcome):
 
 def caller():
     """Return the address of the client, and of those whom a proxy names, for a log line."""
-    forwarded = request.headers.get("X-Forwarded-For", "")
-    return UNSAFE.sub("?", joined(request.remote_addr or "a socket", forwarded))[:100]
+    forwarded = request.headers.get("X-Forwarded-For", "").replace(",", " ")
+    addresses = joined(request.remote_addr or "a-socket", forwarded).split()
+    return " ".join(UNSAFE.sub("?", address) for address in addresses)[:100]
 
 
 # What all requests share
