@@ -1459,6 +1459,7 @@ def restore(database, file):
     copy.journal_mode = "DELETE"
     live = database.connection()
     try:
+        copy.connection()  # brings it up to date, before writers have to wait
         with database.turn(time.monotonic() + 60):
             copy_database(live, replaced)
             sequence = "SELECT coalesce(max(seq), 0) FROM sqlite_sequence WHERE name = 'errors'"

@@ -1767,6 +1767,27 @@ def test_a_restore_is_seen_by_the_workers_that_run(make_app, backup):
     assert post(worker.test_client(), event_payload("lost")).json["id"] == 3
 
 
+def test_what_comes_in_during_a_restore_is_spooled(make_app, backup, monkeypatch):
+    worker = make_app()
+    client = worker.test_client()
+    copy_database = collector.copy_database
+    statuses = []
+
+    def copy_and_deliver(*arguments):
+        copy_database(*arguments)
+        payload = event_payload(f"delivery {len(statuses)}")
+        statuses.append(post(client, payload).status_code)
+
+    monkeypatch.setattr(collector, "copy_database", copy_and_deliver)
+    assert run(make_app(), "restore", backup, "--yes")[0] == 0
+    maintain(worker)
+    assert statuses == [201, 202]  # the first was copied yet, the second came too late for that
+    assert event_ids(worker) == ["kept", "delivery 1"]
+    with closing(sqlite3.connect(f"{database_path(worker)}.before-restore")) as replaced:
+        events = replaced.execute("SELECT event_id FROM errors").fetchall()
+    assert events == [("kept",), ("lost",), ("delivery 0",)]
+
+
 def test_without_yes_a_restore_changes_nothing(app, backup):
     status, words = run(app, "restore", backup)
     assert (status, "has 2, which it replaces" in words, "add --yes" in words) == (1, True, True)
