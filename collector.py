@@ -1183,7 +1183,7 @@ def delete_expired(database, days):
 
 
 class Counts:
-    """The deliveries by outcome and reason, kept in memory until a transaction takes them along."""
+    """The deliveries by outcome and reason that this worker has not written yet."""
 
     def __init__(self):
         self.pending = {}  # (count, time of the last) by (period, outcome, reason)
@@ -1195,15 +1195,19 @@ class Counts:
         count, _ = self.pending.get(key, (0, at))
         self.pending[key] = (count + 1, at)
 
-    def write(self, connection, outcome=None):
-        """Add the pending counts, and `outcome`, in a transaction; its caller clears `pending` afterwards."""
+    def write(self, database):
+        """Add the pending counts to the database, if there are any."""
+        if not self.pending:
+            return
         rows = [(*key, *value) for key, value in self.pending.items()]
-        if outcome:
-            at = now()
-            rows.append((period_of(at), outcome, "", 1, at))
         sql = """INSERT INTO deliveries VALUES (?, ?, ?, ?, ?) ON CONFLICT DO UPDATE SET
             count = count + excluded.count, last_at = max(last_at, excluded.last_at)"""
-        connection.executemany(sql, rows)
+        with database.transaction(STEP_SECONDS) as connection:
+            connection.executemany(sql, rows)
+            connection.execute(
+                "DELETE FROM deliveries WHERE period < ?", (now(days=DELIVERY_DAYS),)
+            )
+        self.pending.clear()
 
 
 def period_of(at):
@@ -1225,11 +1229,6 @@ def select_deliveries(connection):
     starts = {"hour": now(hours=1), "day": now(days=1)}
     starts = {name: period_of(at) for name, at in starts.items()} | {"today": now()[:10]}
     return [dict(row) for row in connection.execute(sql, starts)]
-
-
-def delete_old_counts(connection):
-    """Delete the counts of more than DELIVERY_DAYS ago."""
-    connection.execute("DELETE FROM deliveries WHERE period < ?", (now(days=DELIVERY_DAYS),))
 
 
 # The spool
@@ -1730,7 +1729,6 @@ class Collector:
             self.write_counts: 1,
             self.extend_index: 0.2,
             self.delete_expired: 1,
-            self.delete_old_counts: 3600,
             self.log_deletions: 24 * 3600,
         }
         self.due = dict.fromkeys(self.steps, -math.inf)  # monotonic time of the next, by step
@@ -1774,9 +1772,8 @@ class Collector:
         row = parse_error(payload, resource, received_at) | pack(body)
         with self.database.transaction() as connection:
             id_, is_new = insert_error(connection, row)
-            outcome = "stored" if is_new else "duplicate"
-            self.counts.write(connection, outcome)
-        self.counts.pending.clear()
+        outcome = "stored" if is_new else "duplicate"
+        self.counts.add(outcome)
         return outcome, id_
 
     def log_failure(self, what, error):
@@ -1822,11 +1819,8 @@ class Collector:
         return extend_index(self.database)
 
     def write_counts(self):
-        """Write the counts that no transaction has taken along."""
-        if self.counts.pending:
-            with self.database.transaction(STEP_SECONDS) as connection:
-                self.counts.write(connection)
-            self.counts.pending.clear()
+        """Write the counts of deliveries, which are in memory alone for about a second."""
+        self.counts.write(self.database)
 
     def delete_expired(self):
         """Delete some errors that RETENTION_DAYS has passed; return True if there may be more."""
@@ -1843,11 +1837,6 @@ class Collector:
             days = self.settings["RETENTION_DAYS"]
             log.info("deleted %d errors that were older than %d days", self.deleted, days)
         self.deleted = 0
-
-    def delete_old_counts(self):
-        """Delete the counts of deliveries that are no longer shown."""
-        with self.database.transaction(STEP_SECONDS) as connection:
-            delete_old_counts(connection)
 
     def close(self):
         """Write what is only in memory, and close the database; the process ends."""
