@@ -446,7 +446,6 @@ WAIT_SECONDS = 0.5  # longest wait of a delivery for the turn and the database's
 PAUSE_SECONDS = 2  # time for which a worker leaves a database alone that it could not write
 READ_SECONDS = 0.5  # longest time for the queries of one page, or of one part of an export
 STEP_SECONDS = 0.05  # longest time of one step of maintenance
-BUSY = sqlite3.SQLITE_BUSY, sqlite3.SQLITE_LOCKED  # error codes of a lock that another holds
 LOCAL_FILE_SYSTEMS = (
     "bcachefs btrfs ext2 ext3 ext4 f2fs jfs overlay ramfs reiserfs tmpfs xfs zfs".split()
 )
@@ -493,17 +492,26 @@ def choose_journal_mode(folder, mounts=Path("/proc/self/mountinfo")):
     return "PERSIST"
 
 
+def busy_error(words):
+    """Return the error that SQLite would raise for a lock that another process holds."""
+    error = sqlite3.OperationalError(words)
+    error.sqlite_errorcode = sqlite3.SQLITE_BUSY
+    return error
+
+
+def primary_code(error):
+    """Return SQLite's code of an error, without what the extended codes add, or 0."""
+    return getattr(error, "sqlite_errorcode", 0) & 0xFF
+
+
 def is_busy(error):
     """Return True if an attempt failed only because another process holds a lock."""
-    if isinstance(error, BlockingIOError):
-        return True
-    code = getattr(error, "sqlite_errorcode", 0)
-    return code & 0xFF in BUSY  # the primary code; extended ones tell the kind of lock
+    return primary_code(error) in (sqlite3.SQLITE_BUSY, sqlite3.SQLITE_LOCKED)
 
 
 def is_interrupted(error):
     """Return True if a query was ended because it took too long."""
-    return getattr(error, "sqlite_errorcode", 0) == sqlite3.SQLITE_INTERRUPT
+    return primary_code(error) == sqlite3.SQLITE_INTERRUPT
 
 
 def read_steps():
@@ -572,11 +580,11 @@ class Database:
             with self.turn(time.monotonic() + WAIT_SECONDS):
                 connection.execute(f"PRAGMA journal_mode = {self.journal_mode}")
                 self.upgrade(connection)
-        except (BlockingIOError, sqlite3.OperationalError) as error:
-            if is_busy(error) and version:
+        except sqlite3.OperationalError as error:
+            if is_busy(error) and version < SCHEMA_VERSION:
                 change = f"from version {version} to {SCHEMA_VERSION}"
-                raise sqlite3.OperationalError(
-                    f"its schema has to be changed {change}, and another process holds its lock"
+                raise busy_error(
+                    f"its schema is being changed {change}, or waits for that"
                 ) from error
             raise
 
@@ -615,7 +623,7 @@ class Database:
 
     @contextmanager
     def turn(self, deadline):
-        """Hold the lock that all writers of the collector take, or raise BlockingIOError at the deadline."""
+        """Hold the lock that all writers of the collector take, until the deadline."""
         if self.lock is None:
             # A file of its own: closing any other descriptor of the database drops SQLite's locks.
             self.lock = open(f"{self.path}.lock", "ab")
@@ -623,11 +631,9 @@ class Database:
             try:
                 fcntl.flock(self.lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
                 break
-            except BlockingIOError as error:
+            except BlockingIOError:
                 if time.monotonic() > deadline:
-                    raise BlockingIOError(
-                        error.errno, "another process of the collector is writing"
-                    ) from None
+                    raise busy_error("another process of the collector is writing") from None
             time.sleep(0.0002)
         try:
             yield
@@ -2487,7 +2493,7 @@ def cure_of(error):
     """Return what to do about a database that cannot be written."""
     if is_busy(error):
         return "end the program that holds its lock, or wait for it"
-    code = getattr(error, "sqlite_errorcode", 0) & 0xFF
+    code = primary_code(error)
     if code == sqlite3.SQLITE_FULL or getattr(error, "errno", 0) == errno.ENOSPC:
         return "free space on the disk"
     if code in (sqlite3.SQLITE_CORRUPT, sqlite3.SQLITE_NOTADB):
