@@ -453,6 +453,7 @@ CHECKPOINT_TRANSACTIONS = 50  # transactions of a worker after which it moves th
 SPOOL_BATCH = 50  # spooled deliveries that are stored in one transaction
 SPOOL_BATCH_BYTES = 1024 * 1024  # bytes of their compressed bodies, after which a batch is full
 SPOOL_LIMIT = 100_000  # deliveries in the spool
+SPOOL_NEARLY_FULL = 0.9  # share of it from which on the log says so
 SPOOL_FREE_BYTES = 64 * 1024 * 1024  # bytes of the disk that the spool leaves free
 INDEX_BATCH = 200  # errors that are added to the search index in one transaction
 DELETE_BATCH = 50  # expired errors that are deleted in one transaction
@@ -623,7 +624,7 @@ class Database:
 
     @contextmanager
     def turn(self, deadline):
-        """Hold the lock that all writers of the collector take, until the deadline."""
+        """Hold the lock that all writers of the collector take in the block; wait for it until `deadline`."""
         if self.lock is None:
             # A file of its own: closing any other descriptor of the database drops SQLite's locks.
             self.lock = open(f"{self.path}.lock", "ab")
@@ -1273,14 +1274,13 @@ class Spool:
         if time.monotonic() > self.counted_at + 1:
             self.counted_at = time.monotonic()
             self.count = len(self.names())
-            if self.count > SPOOL_LIMIT * 0.9:
+            if self.count > SPOOL_LIMIT * SPOOL_NEARLY_FULL:
                 log.warning(
                     "the spool holds %d deliveries, its limit is %d", self.count, SPOOL_LIMIT
                 )
         if self.count >= SPOOL_LIMIT:
             raise OSError(errno.ENOSPC, f"the spool is full, it holds {self.count} deliveries")
-        disk = os.statvfs(self.folder)
-        if disk.f_bavail * disk.f_frsize < SPOOL_FREE_BYTES:
+        if free_bytes(self.folder) < SPOOL_FREE_BYTES:
             raise OSError(errno.ENOSPC, "the disk has less than 64 MB left")
 
     def names(self):
@@ -1388,6 +1388,12 @@ class Spool:
             )
 
 
+def free_bytes(folder):
+    """Return how many bytes of the folder's disk are free."""
+    disk = os.statvfs(folder)
+    return disk.f_bavail * disk.f_frsize
+
+
 def sync_folder(path):
     """Sync a folder, without which a new name in it is not durable."""
     folder = os.open(path, os.O_RDONLY)
@@ -1401,8 +1407,11 @@ def sync_folder(path):
 
 
 def open_read_only(path):
-    """Return a connection to an existing database that cannot write it."""
-    uri = f"{path.absolute().as_uri()}?mode=ro"
+    """Return a connection to an existing database that cannot write it, nor make a file beside it."""
+    # A database in use, or one whose process was killed, has its WAL beside it. To read one at rest
+    # SQLite would make that WAL, as a file of this user's, were it not told that nobody writes.
+    is_in_use = Path(f"{path}-wal").exists()
+    uri = f"{path.absolute().as_uri()}?{'mode=ro' if is_in_use else 'immutable=1'}"
     return sqlite3.connect(uri, uri=True, timeout=10, isolation_level=None)
 
 
@@ -2603,8 +2612,12 @@ def backup_command(file):
             click.echo(f"\r{share:4.0%} ", nl=False, err=True)
 
     try:
+        was_in_use = Path(f"{path}-wal").exists()
         with closing(open_read_only(path)) as source:
             copy_database(source, file, report)
+        if Path(f"{path}-wal").exists() and not was_in_use:
+            file.unlink()
+            raise click.ClickException("The service has started meanwhile; make the backup again.")
         with closing(open_read_only(file)) as copy:
             errors = count_errors(copy)
     except (sqlite3.Error, OSError) as error:
@@ -2642,16 +2655,116 @@ def restore_command(file, yes):
 def health_command():
     """Exit with status 0 if the service answers on its port that it is healthy."""
     port = collector().settings["PORT"]
+    try:
+        status, words = ask_health(port)
+    except (OSError, http.client.HTTPException) as error:
+        raise click.ClickException(f"no answer on port {port}: {error}") from None
+    if status != 200:
+        raise click.ClickException(words)
+    click.echo(words)
+
+
+def ask_health(port):
+    """Return the status and the text of /health of the service on a port of this machine."""
     connection = http.client.HTTPConnection("127.0.0.1", port, timeout=4)
     try:
         connection.request("GET", "/health")
         response = connection.getresponse()
-        words = response.read().decode().strip()
+        return response.status, response.read().decode(errors="replace").strip()
+    finally:
+        connection.close()
+
+
+@web.cli.command("doctor")
+def doctor_command():
+    """Check the installation and say what to do about each fault; exit with status 1 if there is one."""
+    checks = check_settings, check_data, check_database, check_disk, check_spool, check_service
+    has_fault = False
+    for check in checks:
+        for verdict, words in check(collector()):
+            click.echo(f"{verdict:6} {words}")
+            has_fault |= verdict == "FAULT"
+    if has_fault:
+        sys.exit(1)
+
+
+def check_settings(shared):
+    """Return the doctor's lines, as (verdict, words), about the settings, which are valid by now."""
+    lines = [("ok", "the settings are valid")]
+    remarks = {
+        "SENTRY_CLIENT_SECRET": "anybody who reaches the port can post",
+        "API_TOKEN": "anybody who reaches the port can read",
+        "RETENTION_DAYS": "errors are kept for ever",
+    }
+    for name, words in remarks.items():
+        if not shared.settings[name]:
+            lines.append(("note", f"{name} is not set: {words}"))
+    return lines
+
+
+def check_data(shared):
+    """Return the doctor's lines about the data folder."""
+    folder = shared.database.path.parent
+    if not folder.is_dir():
+        return [("note", f"{folder} is not there; it is made at the start")]
+    if not os.access(folder, os.W_OK | os.X_OK):
+        owner = folder.stat().st_uid
+        words = f"{folder} belongs to uid {owner} and uid {os.getuid()} cannot write it; chown it"
+        return [("FAULT", words)]
+    return [("ok", f"{folder} can be written; journal mode {shared.database.journal_mode}")]
+
+
+def check_database(shared):
+    """Return the doctor's lines about the database."""
+    path = shared.database.path
+    if not path.exists():
+        return [("note", f"{path} is not there; it is made at the start")]
+    try:
+        errors = check_backup(path)
+        size = path.stat().st_size
+    except (ValueError, sqlite3.Error, OSError) as error:
+        restore_words = "'flask --app collector restore FILE' puts a backup in its place"
+        return [("FAULT", f"{error}; {restore_words}")]
+    return [("ok", f"{path} is whole: {errors} errors, {size} bytes")]
+
+
+def check_disk(shared):
+    """Return the doctor's lines about the free space."""
+    folder = shared.database.path.parent
+    while not folder.exists():
+        folder = folder.parent
+    free = free_bytes(folder)
+    if free < SPOOL_FREE_BYTES:
+        return [("FAULT", f"the disk has {free} bytes left; free some, or set RETENTION_DAYS")]
+    return [("ok", f"the disk has {free // 1024**2} MB left")]
+
+
+def check_spool(shared):
+    """Return the doctor's lines about the spool."""
+    waiting = len(shared.spool.names())
+    rejected = len(list(shared.spool.folder.glob("*.rejected")))
+    lines = [("ok", f"{waiting} deliveries wait in the spool")]
+    if waiting > SPOOL_LIMIT * SPOOL_NEARLY_FULL:
+        words = f"{waiting} deliveries wait in the spool, its limit is {SPOOL_LIMIT}; see /health for the cause"
+        lines = [("FAULT", words)]
+    if rejected:
+        words = f"{rejected} spooled deliveries could not be stored; look at *.rejected in {shared.spool.folder}"
+        lines.append(("FAULT", words))
+    return lines
+
+
+def check_service(shared):
+    """Return the doctor's lines about the running service."""
+    port = shared.settings["PORT"]
+    try:
+        status, words = ask_health(port)
     except (OSError, http.client.HTTPException) as error:
-        raise click.ClickException(f"no answer on port {port}: {error}") from None
-    if response.status != 200:
-        raise click.ClickException(words)
-    click.echo(words)
+        return [
+            ("FAULT", f"nothing answers on port {port} ({error}); start the service, or set PORT")
+        ]
+    if status != 200:
+        return [("FAULT", f"the service is not healthy: {words}")]
+    return [("ok", f"the service on port {port} stores errors")]
 
 
 # --------------------------------------------------------------------------------------------------
