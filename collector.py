@@ -1408,11 +1408,19 @@ def sync_folder(path):
 
 def open_read_only(path):
     """Return a connection to an existing database that cannot write it, nor make a file beside it."""
-    # A database in use, or one whose process was killed, has its WAL beside it. To read one at rest
-    # SQLite would make that WAL, as a file of this user's, were it not told that nobody writes.
-    is_in_use = Path(f"{path}-wal").exists()
-    uri = f"{path.absolute().as_uri()}?{'mode=ro' if is_in_use else 'immutable=1'}"
+    uri = f"{path.absolute().as_uri()}?{'immutable=1' if is_at_rest(path) else 'mode=ro'}"
     return sqlite3.connect(uri, uri=True, timeout=10, isolation_level=None)
+
+
+def is_at_rest(path):
+    """Return True for a database in WAL mode that no process has open.
+
+    SQLite would make a WAL beside it to read it, as a file of this user's, were it not told that
+    nobody writes. Not for a process that has a connection already, whose locks this would drop.
+    """
+    with open(path, "rb") as file:
+        is_in_wal_mode = file.read(20)[18:] == b"\2\2"
+    return is_in_wal_mode and not Path(f"{path}-wal").exists()
 
 
 def copy_database(source, target, report=lambda share: None):
@@ -2612,10 +2620,10 @@ def backup_command(file):
             click.echo(f"\r{share:4.0%} ", nl=False, err=True)
 
     try:
-        was_in_use = Path(f"{path}-wal").exists()
+        was_at_rest = is_at_rest(path)
         with closing(open_read_only(path)) as source:
             copy_database(source, file, report)
-        if Path(f"{path}-wal").exists() and not was_in_use:
+        if was_at_rest and not is_at_rest(path):
             file.unlink()
             raise click.ClickException("The service has started meanwhile; make the backup again.")
         with closing(open_read_only(file)) as copy:
