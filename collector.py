@@ -449,6 +449,7 @@ STEP_SECONDS = 0.05  # longest time of one step of maintenance
 LOCAL_FILE_SYSTEMS = (
     "bcachefs btrfs ext2 ext3 ext4 f2fs jfs overlay ramfs reiserfs tmpfs xfs zfs".split()
 )
+LONG_WAL_PAGES = 4096  # pages of a WAL that is worth cutting
 CHECKPOINT_TRANSACTIONS = 50  # transactions of a worker after which it moves the WAL into the file
 SPOOL_BATCH = 50  # spooled deliveries that are stored in one transaction
 SPOOL_BATCH_BYTES = 1024 * 1024  # bytes of their compressed bodies, after which a batch is full
@@ -558,8 +559,6 @@ class Database:
             self.read_until = math.inf
             self.prepare(connection)
             connection.execute("PRAGMA synchronous = FULL")
-            # A WAL that a long read of another program let grow is cut to this many bytes.
-            connection.execute("PRAGMA journal_size_limit = 16777216")
             # SQLite's own checkpoint would delay the reply to whoever comes next.
             connection.execute("PRAGMA wal_autocheckpoint = 0")
         except BaseException:
@@ -616,6 +615,7 @@ class Database:
                 connection.executescript(
                     f"BEGIN IMMEDIATE; {script}; PRAGMA user_version = {SCHEMA_VERSION}; COMMIT"
                 )
+                connection.execute("PRAGMA wal_checkpoint(TRUNCATE)").fetchall()
         finally:
             if connection.in_transaction:
                 connection.execute("ROLLBACK")
@@ -686,7 +686,11 @@ class Database:
             return
         # In turn with the writers: SQLite before 3.51.3 may corrupt a WAL written and reset at once.
         with self.turn(time.monotonic()):
-            self.connection().execute("PRAGMA wal_checkpoint(PASSIVE)").fetchall()
+            connection = self.connection()
+            moved = connection.execute("PRAGMA wal_checkpoint(PASSIVE)").fetchone()
+            is_long = moved[1] > LONG_WAL_PAGES  # a long read of another program has let it grow
+            if is_long and moved[1] == moved[2]:
+                connection.execute("PRAGMA wal_checkpoint(TRUNCATE)").fetchall()
         self.transactions = 0
 
     def close_connection(self):
