@@ -47,17 +47,18 @@ NAME_LENGTH = 200  # characters of the name of a tag, a header or a variable
 LINE_LENGTH = 1024  # characters of a source line
 CONTEXT_LINES = 20  # source lines before a frame's own, and after it
 FRAMES = 250  # frames of an exception, the newest ones
+EVENT_FRAMES = 2500  # frames of all exceptions of an event
 EXCEPTIONS = 50  # exceptions of an event, the outermost ones
 VARIABLES = 50  # variables of a frame
 TAGS = 200  # tags of an event
 PAIRS = 100  # headers of a request, and parameters of its query
 CRUMBS = 20  # breadcrumbs of an event, the newest ones
 ITEMS = 200  # values of an object or of a list
-VALUES = 10_000  # values of one part of an event, such as its contexts, at any depth
+VALUES = 20_000  # values of one part of an event, such as its contexts, at any depth
 DEPTH = 6  # levels of nested objects and lists
 JSON_LENGTH = 100_000  # characters of a request's body, sent as JSON text, that are read as JSON
 SCANNED_ENTRIES = 100  # entries of a service hook's event, which has about ten
-SCANNED_LIST = 10_000  # exceptions, threads and breadcrumbs among which one is looked for
+SCANNED_OBJECTS = 10_000  # exceptions, threads or breadcrumbs, among which some are looked for
 
 REST = "…"  # the key under which an object says how much of it was cut
 MASK = "[masked]"  # what stands in the place of a secret
@@ -158,7 +159,9 @@ def text(value, length=COLUMN_LENGTH):
     """Return clean text of at most `length` characters for text that is not empty, else None."""
     if not isinstance(value, str) or not value:
         return None
-    return clean(cut(value, length))
+    if len(value) > length:
+        value = cut(value, length)
+    return clean(value)
 
 
 def integer(value):
@@ -212,10 +215,10 @@ def as_list(value):
 
 
 def objects(value):
-    """Return the dicts in a list, or in the `values` of a dict."""
+    """Return the dicts among the last SCANNED_OBJECTS of a list, or of the `values` of a dict."""
     if isinstance(value, dict):
         value = value.get("values")
-    return [item for item in as_list(value) if isinstance(item, dict)]
+    return [item for item in as_list(value)[-SCANNED_OBJECTS:] if isinstance(item, dict)]
 
 
 def is_secret(name):
@@ -233,17 +236,16 @@ def mask_query(value):
     return value and PARAMETER.sub(mask, value)
 
 
-class Room:
-    """How many values may still be copied of one part of an event."""
+def new_room():
+    """Return how much may be read of one part of an event."""
+    return {"values": VALUES, "frames": EVENT_FRAMES}
 
-    def __init__(self, left=VALUES):
-        self.left = left
 
-    def take(self, wanted):
-        """Return how many of the `wanted` values may be copied."""
-        taken = min(wanted, self.left)
-        self.left -= taken
-        return taken
+def take_room(room, kind, wanted):
+    """Return how many of the `wanted` values or frames may be read, and take them off the room."""
+    taken = min(wanted, room[kind])
+    room[kind] -= taken
+    return taken
 
 
 def plain(value, depth=DEPTH, room=None):
@@ -252,7 +254,7 @@ def plain(value, depth=DEPTH, room=None):
     It is cut, with a word that it was, where it is nested deeper than `depth`, or has more values
     than there is `room` for. A number that other readers of JSON may not take is made text.
     """
-    room = room or Room()
+    room = room or new_room()
     if isinstance(value, str):
         return clean(cut(value, COLUMN_LENGTH))
     if isinstance(value, dict | list) and value and not depth:
@@ -275,7 +277,7 @@ def rest(number, what="more"):
 
 def plain_object(value, depth, room, limit=ITEMS):
     """Return a plain copy of a dict, of its first `limit` values at most."""
-    kept = room.take(min(len(value), limit))
+    kept = take_room(room, "values", min(len(value), limit))
     copy = {}
     for key, item in islice(value.items(), kept):
         name = clean(cut(key, NAME_LENGTH))
@@ -292,7 +294,7 @@ def plain_list(value, depth, room):
     """Return a plain copy of a list, of its first ITEMS values at most."""
     if len(value) == 2 and isinstance(value[0], str) and is_secret(value[0][:NAME_LENGTH]):
         value = [value[0], MASK]  # a pair of a name and a value
-    kept = room.take(min(len(value), ITEMS))
+    kept = take_room(room, "values", min(len(value), ITEMS))
     copy = [plain(item, depth, room) for item in value[:kept]]
     if len(value) > kept:
         copy.append(rest(len(value) - kept))
@@ -303,7 +305,7 @@ def as_object(value, room=None, limit=ITEMS):
     """Return a plain copy of a dict, and None for anything else."""
     if not isinstance(value, dict):
         return None
-    return plain_object(value, DEPTH - 1, room or Room(), limit)
+    return plain_object(value, DEPTH - 1, room or new_room(), limit)
 
 
 def as_text(value, room=None):
@@ -324,7 +326,7 @@ def read_pairs(value, limit):
     else:
         value = as_list(value)
         items = value[:limit]
-    room = Room()
+    room = new_room()
     pairs = []
     for item in items:
         pair = (item.get("key"), item.get("value")) if isinstance(item, dict) else item
@@ -412,7 +414,7 @@ def find_main(event, exceptions):
     """
     main_id = identifier(event.get("main_exception_id"))
     if main_id is not None:
-        for exception in exceptions[-SCANNED_LIST:]:
+        for exception in exceptions:
             mechanism = as_dict(exception.get("mechanism"))
             if identifier(mechanism.get("exception_id")) == main_id:
                 return exception
@@ -649,15 +651,18 @@ def parse_frame(frame, room):
 def parse_frames(holder, room):
     """Return the frames of an exception, a thread or an event, the oldest call first.
 
-    They are read from the newest on, to which the room goes. The first one says how many were cut.
+    They are read from the newest on, to which the room goes. The first one says if some were cut.
     """
-    frames = []
+    sent = []
     for place in places(holder, "stacktrace"):
-        frames = frames or objects(as_dict(place).get("frames"))
-    parsed = [parse_frame(frame, room) for frame in frames[: -FRAMES - 1 : -1]]
-    if len(frames) > FRAMES:
-        words = rest(len(frames) - FRAMES, "older frames")
-        parsed.append(parse_frame({"function": words}, room))
+        sent = sent or as_list(as_dict(place).get("frames"))
+    number_cut = len(sent) - take_room(room, "frames", min(len(sent), FRAMES))
+    parsed = []
+    for frame in reversed(sent[number_cut:]):
+        if isinstance(frame, dict):
+            parsed.append(parse_frame(frame, room))
+    if number_cut:
+        parsed.append(parse_frame({"function": rest(number_cut, "older frames")}, room))
     parsed.reverse()
     return parsed
 
@@ -666,7 +671,7 @@ def parse_thread(event, exception, room):
     """Return the frames of the thread that an exception names, an empty list without one."""
     thread_id = identifier(first((exception.get("thread_id"), exception.get("threadId"))))
     if thread_id is not None:
-        for thread in find_list(event, "threads")[:SCANNED_LIST]:
+        for thread in find_list(event, "threads"):
             if identifier(thread.get("id")) == thread_id:
                 return parse_frames(thread, room)
     return []
@@ -674,7 +679,7 @@ def parse_thread(event, exception, room):
 
 def parse_crash(event, metadata, room):
     """Return the frames of an event of which no exception has any."""
-    threads = find_list(event, "threads")[:SCANNED_LIST]
+    threads = find_list(event, "threads")
     threads.sort(key=lambda thread: thread.get("current") is not True)
     threads.sort(key=lambda thread: thread.get("crashed") is not True)
     for holder in (*threads, event):
@@ -707,7 +712,7 @@ def parse_exceptions(event, metadata):
     kept = sent[-EXCEPTIONS:]
     if sent and all(exception is not main for exception in kept):
         kept[0] = main
-    room = Room()
+    room = new_room()
     parsed = [parse_exception(exception, main, room) for exception in reversed(kept)]
     parsed.reverse()
     crash = next((exception for exception in parsed if exception["main"]), {"frames": []})
@@ -782,12 +787,12 @@ def parse_crumbs(event):
 
     They are sorted where all have a time, because some SDKs append groups of older ones.
     """
-    crumbs = find_list(event, "breadcrumbs")[-SCANNED_LIST:]
+    crumbs = find_list(event, "breadcrumbs")
     times = [parse_time(crumb.get("timestamp")) for crumb in crumbs]
     if None not in times:
         order = sorted(range(len(crumbs)), key=times.__getitem__)
         crumbs = [crumbs[index] for index in order]
-    room = Room()
+    room = new_room()
     return [parse_crumb(crumb, room) for crumb in crumbs[-CRUMBS:]]
 
 
