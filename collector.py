@@ -3309,7 +3309,7 @@ def read_settings(config=None):
         "PUBLIC_URL": read_public_url(settings),
         "TRUSTED_HOSTS": read_list(settings, "TRUSTED_HOSTS"),
         "RETENTION_DAYS": read_whole_number(settings, "RETENTION_DAYS", 1, 36500) if days else None,
-        "MAX_BODY_BYTES": read_whole_number(settings, "MAX_BODY_BYTES", 1, 512 * 1024 * 1024),
+        "MAX_BODY_BYTES": read_whole_number(settings, "MAX_BODY_BYTES", 1, 32 * 1024 * 1024),
         "WEB_CONCURRENCY": read_whole_number(settings, "WEB_CONCURRENCY", 1, 256),
         "PORT": read_whole_number(settings, "PORT", 1, 65535),
     }
