@@ -1,6 +1,7 @@
 """Receive Sentry's webhooks, keep every new error, and give the latest one back."""
 
 import base64
+import codecs
 import errno
 import fcntl
 import hashlib
@@ -40,112 +41,162 @@ log = logging.getLogger("collector")
 # Parsing: bytes and dicts in, dicts out; no Flask, no sqlite3, no clock
 # --------------------------------------------------------------------------------------------------
 
-COLUMN_LENGTH = (
-    8192  # characters of text kept in a column; Sentry cuts messages there, the payload stays whole
+# The most that is read of a payload, so that no delivery takes long. The payload itself stays whole.
+COLUMN_LENGTH = 8192  # characters of a text, where Sentry cuts messages, too
+NAME_LENGTH = 200  # characters of the name of a tag, a header or a variable
+LINE_LENGTH = 1024  # characters of a source line
+CONTEXT_LINES = 20  # source lines before a frame's own, and after it
+FRAMES = 250  # frames of an exception, the newest ones
+EVENT_FRAMES = 2500  # frames of all exceptions of an event
+EXCEPTIONS = 50  # exceptions of an event, the outermost ones
+VARIABLES = 50  # variables of a frame
+TAGS = 200  # tags of an event
+PAIRS = 100  # headers of a request, and parameters of its query
+CRUMBS = 20  # breadcrumbs of an event, the newest ones
+ITEMS = 200  # values of an object or of a list
+VALUES = 20_000  # values of one part of an event, such as its contexts, at any depth
+DEPTH = 6  # levels of nested objects and lists
+JSON_LENGTH = 100_000  # characters of a request's body, sent as JSON text, that are read as JSON
+SCANNED_ENTRIES = 100  # entries of a service hook's event, which has about ten
+SCANNED_OBJECTS = 10_000  # exceptions, threads or breadcrumbs, among which some are looked for
+
+REST = "…"  # the key under which an object says how much of it was cut
+MASK = "[masked]"  # what stands in the place of a secret
+
+# The names of values that are secrets, however their parts are joined.
+SECRET_NAME = re.compile(
+    r"authori[sz]ation|cookie|passw|passphrase|pwd|secret|token|credential|sess(?:ion|id)|[cx]srf"
+    r"|(?:api|auth|access|private|signing|encryption|ssh)[-_. ]?key|dsn$"
+    r"|(?<![a-z])(?:dsn|jwt|bearer|(?:pass|o?auth)$|pw(?![a-z]))",
+    re.IGNORECASE,
 )
-CRUMBS = 20
+# A parameter of a query or a form, and a member of broken JSON: up to the value, the name in it.
+PARAMETER = re.compile(r"(?<![^?&;#])(([^?&;#=]{1,200})=)[^&;#]*")
+JSON_MEMBER = re.compile(r'("([^"\\]{1,200})"\s*:\s*)(?:"(?:[^"\\]|\\.)*"?|[^,}\]\s]+)')
 
 
 class Refused(Exception):
-    """Say that a delivery is not taken: the HTTP status, the reason it is counted under, the words for its sender."""
+    """A delivery is not taken.
+
+    `status` is the HTTP status, `reason` is what it is counted under, `words` is told to its sender.
+    """
 
     def __init__(self, status, reason, words):
         super().__init__(words)
-        self.status, self.reason, self.words = status, reason, words
+        self.status = status
+        self.reason = reason
+        self.words = words
 
 
 def refuse_constant(name):
+    """Raise ValueError for NaN and Infinity, which Python's decoder would take."""
     raise ValueError(f"{name} is not JSON")
 
 
-# Made once, because json.loads makes one anew for each call with an option.
+# Made once, because json.loads makes one for each call that has an option.
 DECODER = json.JSONDecoder(parse_constant=refuse_constant)
+GZIP_START = b"\x1f\x8b"
+BYTE_ORDER_MARKS = (codecs.BOM_UTF8, codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE, codecs.BOM_UTF32_BE)
 
 
 def parse_body(body):
-    """Return the delivery, a dict, in `body` (bytes); raise Refused for anything else."""
+    """Return the delivery, a dict, in `body` (bytes). Raises Refused for anything else."""
+    if body.startswith(GZIP_START):
+        words = "The body is compressed with gzip; have it sent as it is, Sentry does not compress."
+        raise Refused(400, "gzip", words)
+    if body.startswith(BYTE_ORDER_MARKS):
+        words = "The body starts with a byte order mark; send JSON text encoded as UTF-8 without."
+        raise Refused(400, "byte order mark", words)
     try:
         # Decoded first, because json.loads would guess UTF-16 and UTF-32 from bytes.
         payload = DECODER.decode(body.decode("utf-8"))
     except UnicodeDecodeError:
-        raise Refused(
-            400, "not UTF-8", "The body is not UTF-8; send JSON text encoded as UTF-8."
-        ) from None
+        words = "The body is not UTF-8; send JSON text encoded as UTF-8."
+        raise Refused(400, "not UTF-8", words) from None
     except RecursionError:
-        raise Refused(
-            400, "not JSON", "The JSON is nested too deeply; send what Sentry sends."
-        ) from None
+        words = "The JSON is nested too deeply; send what Sentry sends."
+        raise Refused(400, "not JSON", words) from None
     except ValueError as error:
-        raise Refused(
-            400, "not JSON", f"The body is not JSON ({error}); send a JSON object."
-        ) from None
+        words = f"The body is not JSON ({error}); send a JSON object."
+        raise Refused(400, "not JSON", words) from None
     if not isinstance(payload, dict):
-        raise Refused(
-            400, "no object", "The JSON is not an object; send one with 'action' and 'data'."
-        )
+        words = "The JSON is not an object; send one with 'action' and 'data'."
+        raise Refused(400, "no object", words)
     if not text(payload.get("action")) and not isinstance(payload.get("event"), dict):
-        words = "The JSON has neither an 'action' nor a legacy 'event'; point only Sentry's webhooks here."
+        words = (
+            "The JSON has neither an 'action' nor a legacy 'event'; send only Sentry's webhooks."
+        )
         raise Refused(400, "no delivery", words)
     return payload
 
 
 def load(body):
-    """Return the JSON of a stored body, which parse_body has taken."""
+    """Return the payload in a stored body (bytes), which parse_body has taken."""
     try:
         return json.loads(body)
-    except RecursionError:  # nested as deeply as could be taken with a shorter stack than this
-        with ThreadPoolExecutor(1) as fresh:
-            return fresh.submit(json.loads, body).result()
+    except RecursionError:
+        # It is nested as deeply as the stack allowed when it was received. A new thread has a whole
+        # stack, where a request has used up a part of its own.
+        with ThreadPoolExecutor(1) as executor:
+            return executor.submit(json.loads, body).result()
 
 
 def clean(value):
-    """Return text that SQLite and UTF-8 can hold: without lone surrogates and NUL."""
-    if not value.isascii():  # most text is, and the round trip takes time
+    """Return text that SQLite and UTF-8 can hold, without lone surrogates and NUL."""
+    if not value.isascii():  # Most text is, and the round trip takes time.
         value = value.encode("utf-8", "replace").decode("utf-8")
     return value.replace("\0", "\ufffd")
 
 
-def text(value):
-    """Return clean text for text that is not empty, else None."""
-    return clean(value) if isinstance(value, str) and value else None
+def cut(value, length):
+    """Return text of at most `length` characters, with an ellipsis where it lost some."""
+    if value is None or len(value) <= length:
+        return value
+    return value[: length - 1] + "…"
+
+
+def text(value, length=COLUMN_LENGTH):
+    """Return clean text of at most `length` characters for text that is not empty, else None."""
+    if not isinstance(value, str) or not value:
+        return None
+    if len(value) > length:
+        value = cut(value, length)
+    return clean(value)
 
 
 def integer(value):
-    """Return an integer that fits 64 bits, else None."""
+    """Return an integer that fits 64 bits, sent as such or as its digits, else None."""
+    if isinstance(value, str) and re.fullmatch("[0-9]{1,18}", value):
+        return int(value)
     return value if type(value) is int and -(2**63) <= value < 2**63 else None
 
 
 def identifier(value):
-    """Return an id, sent as text or as a number, as text, else None."""
-    return text(str(value) if type(value) is int else value)
+    """Return an id, sent as text or as an integer, as text, else None."""
+    if type(value) is int:
+        value = str(value)
+    return text(value)
+
+
+def parse_time(value):
+    """Return a time, sent as ISO 8601 or as seconds since 1970, as a datetime in UTC, else None."""
+    try:
+        if isinstance(value, str):
+            when = datetime.fromisoformat(value[:NAME_LENGTH])
+            if when.tzinfo is None:
+                return when.replace(tzinfo=UTC)
+            return when.astimezone(UTC)
+        if isinstance(value, bool):
+            return None
+        return datetime.fromtimestamp(value, UTC)
+    except (TypeError, ValueError, OverflowError, OSError):
+        return None
 
 
 def moment(value):
-    """Return a time, sent as ISO 8601 or as seconds since 1970, as ISO 8601 in UTC with Z, else None."""
-    try:
-        if isinstance(value, str):
-            when = datetime.fromisoformat(value)
-            when = when.astimezone(UTC) if when.tzinfo else when.replace(tzinfo=UTC)
-        else:
-            when = datetime.fromtimestamp(math.nan if isinstance(value, bool) else value, UTC)
-    except (TypeError, ValueError, OverflowError, OSError):
-        return None
-    return when.isoformat().replace("+00:00", "Z")
-
-
-def plain(value, depth=6):
-    """Return a copy of any JSON value that can be sent as JSON again, cut where it is nested deeper than `depth`."""
-    if isinstance(value, str):
-        return clean(value)
-    if isinstance(value, dict | list) and not depth:
-        return "…"
-    if isinstance(value, dict):
-        return {clean(key): plain(item, depth - 1) for key, item in value.items()}
-    if isinstance(value, list):
-        return [plain(item, depth - 1) for item in value]
-    if isinstance(value, float):
-        return value if math.isfinite(value) else None
-    return value if value is None or isinstance(value, bool) else integer(value)
+    """Return a time that parse_time understands as ISO 8601 in UTC with Z, else None."""
+    when = parse_time(value)
+    return when and when.isoformat().replace("+00:00", "Z")
 
 
 def first(values):
@@ -158,105 +209,240 @@ def as_dict(value):
     return value if isinstance(value, dict) else {}
 
 
+def as_list(value):
+    """Return a list as it is, and an empty one for anything else."""
+    return value if isinstance(value, list) else []
+
+
 def objects(value):
-    """Return the dicts in a list, or in the `values` of a dict."""
-    items = value.get("values") if isinstance(value, dict) else value
-    return [item for item in items if isinstance(item, dict)] if isinstance(items, list) else []
+    """Return the dicts among the last SCANNED_OBJECTS of a list, or of the `values` of a dict."""
+    if isinstance(value, dict):
+        value = value.get("values")
+    return [item for item in as_list(value)[-SCANNED_OBJECTS:] if isinstance(item, dict)]
+
+
+def is_secret(name):
+    """Return True if a value of this name is a secret."""
+    return SECRET_NAME.search(name) is not None
+
+
+def mask(match):
+    """Return a match of PARAMETER or JSON_MEMBER, without its value if that is a secret."""
+    return match[1] + MASK if is_secret(match[2]) else match[0]
+
+
+def mask_query(value):
+    """Return a query, or a URL with one, without the values of parameters that are secrets."""
+    return value and PARAMETER.sub(mask, value)
+
+
+def new_room():
+    """Return how much may be read of one part of an event."""
+    return {"values": VALUES, "frames": EVENT_FRAMES}
+
+
+def take_room(room, kind, wanted):
+    """Return how many of the `wanted` values or frames may be read, and take them off the room."""
+    taken = min(wanted, room[kind])
+    room[kind] -= taken
+    return taken
+
+
+def plain(value, depth=DEPTH, room=None):
+    """Return a copy of any JSON value that can be sent as JSON again, without secrets.
+
+    It is cut, with a word that it was, where it is nested deeper than `depth`, or has more values
+    than there is `room` for. A number that other readers of JSON may not take is made text.
+    """
+    room = room or new_room()
+    if isinstance(value, str):
+        return clean(cut(value, COLUMN_LENGTH))
+    if isinstance(value, dict | list) and value and not depth:
+        return REST
+    if isinstance(value, dict):
+        return plain_object(value, depth - 1, room)
+    if isinstance(value, list):
+        return plain_list(value, depth - 1, room)
+    if value is None or isinstance(value, bool) or integer(value) is not None:
+        return value
+    if isinstance(value, float) and math.isfinite(value):
+        return value
+    return cut(str(value), COLUMN_LENGTH)
+
+
+def rest(number, what="more"):
+    """Return the word that stands for values that were cut."""
+    return f"… {number:,} {what} cut"
+
+
+def plain_object(value, depth, room, limit=ITEMS):
+    """Return a plain copy of a dict, of its first `limit` values at most."""
+    kept = take_room(room, "values", min(len(value), limit))
+    copy = {}
+    for key, item in islice(value.items(), kept):
+        name = clean(cut(key, NAME_LENGTH))
+        if is_secret(name):
+            copy[name] = MASK
+        else:
+            copy[name] = plain(item, depth, room)
+    if len(value) > kept:
+        copy[REST] = rest(len(value) - kept)
+    return copy
+
+
+def plain_list(value, depth, room):
+    """Return a plain copy of a list, of its first ITEMS values at most."""
+    if len(value) == 2 and isinstance(value[0], str) and is_secret(value[0][:NAME_LENGTH]):
+        value = [value[0], MASK]  # a pair of a name and a value
+    kept = take_room(room, "values", min(len(value), ITEMS))
+    copy = [plain(item, depth, room) for item in value[:kept]]
+    if len(value) > kept:
+        copy.append(rest(len(value) - kept))
+    return copy
+
+
+def as_object(value, room=None, limit=ITEMS):
+    """Return a plain copy of a dict, and None for anything else."""
+    if not isinstance(value, dict):
+        return None
+    return plain_object(value, DEPTH - 1, room or new_room(), limit)
+
+
+def as_text(value, room=None):
+    """Return a value as text, JSON text where it is an object, a list or a boolean."""
+    value = plain(value, room=room)
+    if value is None or isinstance(value, str):
+        return value
+    return cut(json.dumps(value), COLUMN_LENGTH)
+
+
+def read_pairs(value, limit):
+    """Return the first `limit` names and values, text or None, of a list of them as pairs.
+
+    They are sent as pairs, as objects with `key` and `value`, or as one object.
+    """
+    if isinstance(value, dict):
+        items = islice(value.items(), limit)
+    else:
+        value = as_list(value)
+        items = value[:limit]
+    room = new_room()
+    pairs = []
+    for item in items:
+        pair = (item.get("key"), item.get("value")) if isinstance(item, dict) else item
+        if isinstance(pair, list | tuple) and len(pair) == 2 and isinstance(pair[0], str):
+            pairs.append((clean(cut(pair[0], NAME_LENGTH)), as_text(pair[1], room)))
+    if len(value) > limit:
+        pairs.append((REST, rest(len(value) - limit)))
+    return pairs
 
 
 def find_error(payload):
-    """Return where the parts of a delivery's error lie, dicts by name, or None if it holds no error."""
-    data, event, action = (
-        as_dict(payload.get("data")),
-        payload.get("event"),
-        text(payload.get("action")),
-    )
-    issue, project = as_dict(data.get("issue")), data.get("project")
-    project = {"slug": project} if isinstance(project, str) else as_dict(project)
+    """Return where the parts of a delivery's error lie, dicts by name, or None without an error."""
+    action = text(payload.get("action"))
+    data = as_dict(payload.get("data"))
+    issue = as_dict(data.get("issue"))
+    project = data.get("project")
+    if isinstance(project, str):
+        project = {"slug": project}
+    error = {"issue": issue, "project": as_dict(project), "data": data}
     for key, resource in (("error", "error"), ("event", "event_alert")):
         if isinstance(data.get(key), dict):
-            return {
-                "event": data[key],
-                "issue": issue,
-                "project": project,
-                "data": data,
-                "kind": {"resource": resource},
-            }
-    if isinstance(data.get("issue"), dict) and data.get("activity") is None and action == "created":
-        return {"event": {}, "issue": issue, "project": project, "kind": {"resource": "issue"}}
+            return error | {"event": data[key], "kind": {"resource": resource}}
+    if isinstance(data.get("issue"), dict) and data.get("activity") is None:
+        if action in ("created", "unresolved"):  # a new issue, or one that has come back
+            return error | {"event": {}, "kind": {"resource": "issue"}}
+        return None
+    event = payload.get("event")
     if action or payload.get("data") is not None or not isinstance(event, dict):
         return None
-    if isinstance(payload.get("group"), dict):  # a service hook
-        return {
-            "event": event,
-            "hook": event,
-            "issue": payload["group"],
-            "project": as_dict(payload.get("project")),
-        }
+    if isinstance(payload.get("group"), dict):
+        project = as_dict(payload.get("project"))
+        return {"event": event, "hook": event, "issue": payload["group"], "project": project}
     return {"event": event, "legacy": payload}
 
 
-def interface(event, name, old_name=None):
-    """Return one of an event's interfaces (exception, request ...), wherever this form of event keeps it, else None.
+# The interfaces of an event, and what follows "sentry.interfaces." in those of Sentry 8 and before.
+INTERFACES = {
+    "exception": "Exception", "threads": "Threads", "stacktrace": "Stacktrace", "logentry": "Message",
+    "request": "Http", "breadcrumbs": "Breadcrumbs", "user": "User", "csp": "Csp",
+}  # fmt: skip
 
-    Sentry 8 and before used `old_name`; service hooks send the API's form, with a list of entries.
-    """
-    entry = next(
-        (entry for entry in objects(event.get("entries")) if entry.get("type") == name), {}
-    )
-    found = (event.get(name), event.get(f"sentry.interfaces.{old_name}"), entry.get("data"))
-    return first(value for value in found if isinstance(value, dict | list))
+
+def places(event, name):
+    """Return what lies where the forms of an event keep an interface, the usual place first."""
+    found = [event.get(name), event.get(f"sentry.interfaces.{INTERFACES[name]}")]
+    # The event of a service hook has the API's form, with a list of entries.
+    entry_type = "message" if name == "logentry" else name
+    for entry in as_list(event.get("entries"))[:SCANNED_ENTRIES]:
+        if isinstance(entry, dict) and entry.get("type") == entry_type:
+            found.append(entry.get("data"))
+    return found
+
+
+def find_object(event, name):
+    """Return an event's interface that is one object, an empty dict without it."""
+    for place in places(event, name):
+        if isinstance(place, dict) and place:
+            return place
+    return {}
+
+
+def find_list(event, name):
+    """Return an event's interface that is a list of objects, an empty list without it."""
+    for place in places(event, name):
+        found = objects(place)
+        if found:
+            return found
+    return []
 
 
 def find_exceptions(event):
     """Return an event's exceptions as they were sent, the inner cause first."""
-    return objects(interface(event, "exception", "Exception")) or objects(event.get("exceptions"))
+    return find_list(event, "exception") or objects(event.get("exceptions"))
 
 
-def own_frames(value):
-    """Return the frames in the stacktrace of an exception, a thread or an event."""
-    return objects(as_dict(interface(value, "stacktrace", "Stacktrace")).get("frames"))
+def find_metadata(event, issue):
+    """Return what Sentry read of an event, or of its issue where the event has nothing."""
+    return as_dict(event.get("metadata")) or as_dict(issue.get("metadata"))
 
 
-def find_frames(event):
-    """Return the frames of the crash as they were sent, the oldest call first."""
-    threads = objects(interface(event, "threads"))
-    threads.sort(
-        key=lambda thread: (thread.get("crashed") is not True, thread.get("current") is not True)
-    )
-    return next(
-        filter(None, map(own_frames, [*reversed(find_exceptions(event)), *threads, event])), []
-    )
+def find_main(event, exceptions):
+    """Return the exception that Sentry names as the main one, else the outermost, {} without any.
 
-
-def parse_tag(value):
-    return (
-        value
-        if value is None
-        else clean(value)
-        if isinstance(value, str)
-        else json.dumps(plain(value))
-    )
+    It is named by an id, which is not its position in the list.
+    """
+    main_id = identifier(event.get("main_exception_id"))
+    if main_id is not None:
+        for exception in exceptions:
+            mechanism = as_dict(exception.get("mechanism"))
+            if identifier(mechanism.get("exception_id")) == main_id:
+                return exception
+    if exceptions:
+        return exceptions[-1]
+    return {}
 
 
 def parse_tags(event):
-    """Return an event's tags as one dict of text, sent as pairs, as objects with key and value, or as one object."""
-    tags = event.get("tags")
-    if isinstance(tags, list):
-        pairs = [
-            (tag.get("key"), tag.get("value")) if isinstance(tag, dict) else tag for tag in tags
-        ]
-    else:
-        pairs = [list(pair) for pair in as_dict(tags).items()]
-    pairs = [
-        pair
-        for pair in pairs
-        if isinstance(pair, list | tuple) and len(pair) == 2 and isinstance(pair[0], str)
-    ]
-    return {clean(key): parse_tag(value) for key, value in pairs}
+    """Return an event's tags as one dict of text."""
+    return dict(read_pairs(event.get("tags"), TAGS))
 
 
-# A column's value is the first of these that its parser makes something of: "part.key", see find_parts.
+def server_of(url):
+    """Return the server of a URL, its host with its port unless that is the usual one, else None."""
+    pattern = r"https?://(?:[^/?#\s]*@)?([^/?#\s:@\\]+|\[[0-9a-f:.]+\])(:[0-9]{1,5})?(?:[/?#]|$)"
+    match = re.match(pattern, (text(url) or "").lower())
+    if match is None:
+        return None
+    host, port = match.groups()
+    host = cut(host, NAME_LENGTH)
+    if host == "sentry.io" or host.endswith(".sentry.io"):
+        return "sentry.io"  # Its regions and organisations differ in the host, never in the ids.
+    return host if port in (None, ":80", ":443") else host + port
+
+
+# A column's value is the first of these that its parser makes something of: "part.key", where the
+# parts are those of find_parts.
 FIELDS = {
     "timestamp": (
         moment,
@@ -264,81 +450,124 @@ FIELDS = {
         "issue.lastSeen issue.firstSeen",
     ),
     "event_id": (identifier, "event.event_id event.eventID event.id"),
-    "issue_id": (identifier, "event.issue_id links.issue issue.id legacy.id event.groupID"),
+    "issue_id": (identifier, "event.issue_id derived.issue_id issue.id legacy.id event.groupID"),
     "short_id": (text, "issue.shortId"),
-    "title": (text, "event.title issue.title metadata.title crash.summary legacy.message"),
+    "title": (
+        text,
+        "occurrence.issueTitle event.title issue.title metadata.title derived.summary "
+        "legacy.message",
+    ),
     "message": (
         text,
-        "event.message legacy.message logentry.formatted logentry.message crash.value metadata.value metadata.title "
-        "event.title issue.title crash.summary",
+        "event.message legacy.message logentry.formatted logentry.message occurrence.subtitle "
+        "feedback.message metadata.message crash.value metadata.value metadata.title "
+        "occurrence.issueTitle event.title issue.title derived.summary",
     ),
-    "culprit": (text, "event.culprit issue.culprit legacy.culprit"),
-    "level": (text, "event.level legacy.level tags.level issue.level"),
+    "culprit": (text, "event.culprit occurrence.culprit issue.culprit legacy.culprit"),
+    "level": (text, "event.level occurrence.level legacy.level tags.level issue.level"),
     "status": (text, "issue.status"),
     "platform": (text, "event.platform issue.platform"),
     "logger": (text, "event.logger issue.logger legacy.logger tags.logger"),
     "environment": (text, "event.environment tags.environment"),
     "release": (text, "event.release release.version tags.release tags.sentry:release"),
-    "project_id": (identifier, "links.project issue_project.id event.projectID project.id"),
+    "project_id": (identifier, "derived.project_id issue_project.id event.projectID project.id"),
     "project_slug": (
         text,
-        "issue_project.slug legacy.project_slug legacy.project project.slug links.project_slug",
+        "issue_project.slug legacy.project_slug legacy.project project.slug derived.project_slug",
     ),
     "project_name": (text, "issue_project.name legacy.project_name project.name"),
-    "exception_type": (text, "crash.type metadata.type"),
-    "exception_value": (text, "crash.value metadata.value"),
+    "exception_type": (text, "crash.type cause.type"),
+    "exception_value": (text, "crash.value cause.value"),
     "permalink": (text, "event.web_url hook.url issue.web_url issue.permalink legacy.url"),
-    "rule": (text, "data.triggered_rule links.rule"),
+    "rule": (text, "data.triggered_rule derived.rule"),
+    "server": (
+        server_of,
+        "event.web_url issue.web_url issue.permalink legacy.url hook.url event.url issue.url "
+        "event.issue_url",
+    ),
+    "category": (text, "derived.category"),
 }
 FIELDS = {
-    key: (parse, [path.split(".", 1) for path in paths.split()])
-    for key, (parse, paths) in FIELDS.items()
+    column: (parse, [path.split(".", 1) for path in paths.split()])
+    for column, (parse, paths) in FIELDS.items()
 }
+# The categories of occurrences by the thousands of their type's number.
+OCCURRENCES = {
+    1: "performance", 2: "profile", 4: "cron", 5: "replay", 6: "feedback", 7: "uptime", 8: "metric",
+}  # fmt: skip
+# The types of events that are no errors, which are their categories, too.
+EVENT_TYPES = ("csp", "hpkp", "expectct", "expectstaple", "nel", "feedback")
 
 
 def search_url(pattern, *urls):
     """Return what `pattern` finds in the first of the URLs that has it, else None."""
-    found = (re.search(pattern, url) for url in urls if isinstance(url, str))
-    return next((match[1] for match in found if match), None)
+    for url in urls:
+        match = re.search(pattern, text(url) or "")
+        if match:
+            return match[1]
+    return None
+
+
+def find_category(event, issue, occurrence):
+    """Return what kind of issue it is: error, performance, cron and so on."""
+    sent = text(issue.get("issueCategory"), NAME_LENGTH)
+    if sent:
+        return sent.lower()
+    occurrence_type = integer(occurrence.get("type"))
+    if occurrence_type is not None and occurrence_type // 1000 in OCCURRENCES:
+        return OCCURRENCES[occurrence_type // 1000]
+    return event["type"] if event.get("type") in EVENT_TYPES else "error"
 
 
 def find_parts(error):
-    """Return the parts of an error (see find_error) with those that must be looked for: what FIELDS draws on."""
-    event, issue = error["event"], as_dict(error.get("issue"))
-    metadata = as_dict(event.get("metadata")) or as_dict(issue.get("metadata"))
-    exceptions, project = find_exceptions(event), event.get("project")
-    crash = exceptions[-1] if exceptions else {}
-    named = [text(crash.get(key)) or text(metadata.get(key)) for key in ("type", "value")]
-    rules = as_dict(error.get("legacy")).get("triggering_rules")
-    return error | {
-        "metadata": metadata,
-        "crash": crash | {"summary": ": ".join(filter(None, named))},
+    """Return the parts of an error (see find_error) with those that must be looked for."""
+    event = error["event"]
+    issue = as_dict(error.get("issue"))
+    parts = error | {
+        "metadata": find_metadata(event, issue),
+        "crash": find_main(event, find_exceptions(event)),
         "tags": parse_tags(event),
-        "logentry": as_dict(interface(event, "logentry", "Message")),
+        "logentry": find_object(event, "logentry"),
+        "occurrence": as_dict(event.get("occurrence")),
+        "feedback": as_dict(as_dict(event.get("contexts")).get("feedback")),
         "release": as_dict(event.get("release")),
         "issue_project": as_dict(issue.get("project")),
-        "links": {
-            "issue": search_url(r"/issues/(\d+)", event.get("issue_url"), event.get("web_url")),
-            "project": project
-            if (identifier(project) or "").isdecimal()
-            else None,  # other forms have a slug there
-            "project_slug": search_url(r"/api/0/projects/[^/]+/([^/]+)/events/", event.get("url")),
-            "rule": rules[0] if isinstance(rules, list) and rules else None,
-        },
+    }
+    # The metadata of an occurrence, such as a slow query, is that of no exception.
+    if not parts["occurrence"]:
+        parts["cause"] = parts["metadata"]
+    return parts | {"derived": derive(event, issue, parts)}
+
+
+def derive(event, issue, parts):
+    """Return the values that no part of an error holds as they are."""
+    project_id = identifier(event.get("project"))
+    if not re.fullmatch("[0-9]+", project_id or ""):
+        project_id = None  # Other forms of events have a slug there.
+    summary = (pick(parts, *FIELDS["exception_type"]), pick(parts, *FIELDS["exception_value"]))
+    rules = as_list(as_dict(parts.get("legacy")).get("triggering_rules"))
+    return {
+        "issue_id": search_url("/issues/([0-9]+)", event.get("issue_url"), event.get("web_url")),
+        "project_id": project_id,
+        "project_slug": search_url("/api/0/projects/[^/]+/([^/]+)/events/", event.get("url")),
+        "summary": ": ".join(filter(None, summary)),
+        "rule": first(rules[:1]),
+        "category": find_category(event, issue, parts["occurrence"]),
     }
 
 
 def pick(parts, parse, paths):
     """Return the first value at the paths that `parse` makes something of, else None."""
     for part, key in paths:
-        value = parse(parts[part].get(key)) if part in parts else None
-        if value is not None:
-            return value
+        if part in parts:
+            value = parse(parts[part].get(key))
+            if value is not None:
+                return value
     return None
 
 
 def parse_error(payload, resource, received_at):
-    """Return the row of a delivery's error but for its payload columns, or None if it holds no error.
+    """Return the row of a delivery's error but for its payload columns, or None without an error.
 
     `resource` is the Sentry-Hook-Resource header or None, `received_at` an ISO 8601 time.
     """
@@ -346,89 +575,266 @@ def parse_error(payload, resource, received_at):
     if error is None:
         return None
     parts = find_parts(error)
-    row = {"received_at": received_at, "timestamp": None}
-    row |= {
-        "resource": text(resource) or as_dict(error.get("kind")).get("resource"),
-        "action": text(payload.get("action")),
-    }
+    kind = as_dict(error.get("kind"))
+    row = {"received_at": received_at}
+    row["resource"] = text(resource) or kind.get("resource")
+    row["action"] = text(payload.get("action"))
     for column, (parse, paths) in FIELDS.items():
         row[column] = pick(parts, parse, paths)
     row["timestamp"] = row["timestamp"] or received_at
-    row |= {"server": server_of(row["permalink"]), "category": "error"}
-    return {key: cut(value, COLUMN_LENGTH) for key, value in row.items()}
+    return row
 
 
-def cut(value, length):
-    """Return text of at most `length` characters, with an ellipsis where it lost some."""
-    return value if value is None or len(value) <= length else value[: length - 1] + "…"
+def parse_line(value):
+    """Return a source line as clean text, which is empty for anything else than text."""
+    return text(value, LINE_LENGTH) or ""
 
 
-def parse_lines(lines):
-    return (
-        [clean(line) if isinstance(line, str) else "" for line in lines]
-        if isinstance(lines, list)
-        else None
-    )
+def parse_lines(lines, last=False):
+    """Return the first CONTEXT_LINES of a list of source lines, or the last ones, else None."""
+    if not isinstance(lines, list):
+        return None
+    number = len(lines) - CONTEXT_LINES
+    if number <= 0:
+        return [parse_line(value) for value in lines]
+    if last:
+        return [rest(number), *map(parse_line, lines[-CONTEXT_LINES:])]
+    return [*map(parse_line, lines[:CONTEXT_LINES]), rest(number)]
 
 
-def parse_frame(frame):
-    """Return a frame in the shape that goes out; service hooks send the API's spelling."""
-    in_app, line = first((frame.get("in_app"), frame.get("inApp"))), frame.get("context_line")
+def find_lines(frame, number):
+    """Return a frame's source lines as the dict of the keys that a service hook has no names for.
+
+    It sends pairs of a line's number and its text; `number` is that of the frame's own line.
+    """
+    pairs = as_list(frame.get("context"))[:ITEMS]
+    if number is None or not pairs:
+        return frame
+    lines = {"pre_context": [], "context_line": None, "post_context": []}
+    for pair in pairs:
+        if not isinstance(pair, list) or len(pair) != 2 or type(pair[0]) is not int:
+            continue
+        if pair[0] < number:
+            lines["pre_context"].append(pair[1])
+        elif pair[0] > number:
+            lines["post_context"].append(pair[1])
+        else:
+            lines["context_line"] = pair[1]
+    return lines
+
+
+def parse_frame(frame, room):
+    """Return a frame in the shape that goes out, whichever spelling it has."""
+    get = frame.get
+    number = first((integer(get("lineno")), integer(get("lineNo"))))
+    lines = find_lines(frame, number)
+    own_line = lines.get("context_line")
+    in_app = first((get("in_app"), get("inApp")))
+    address = first((get("instruction_addr"), get("instructionAddr")))
     return {
-        "filename": text(frame.get("filename")),
-        "abs_path": text(frame.get("abs_path")) or text(frame.get("absPath")),
-        "module": text(frame.get("module")),
-        "function": text(frame.get("function")),
-        "lineno": first((integer(frame.get("lineno")), integer(frame.get("lineNo")))),
-        "colno": first((integer(frame.get("colno")), integer(frame.get("colNo")))),
+        "filename": text(get("filename")),
+        "abs_path": text(get("abs_path")) or text(get("absPath")),
+        "module": text(get("module")),
+        "function": text(get("function")),
+        "lineno": number,
+        "colno": first((integer(get("colno")), integer(get("colNo")))),
         "in_app": in_app if isinstance(in_app, bool) else None,
-        "pre_context": parse_lines(frame.get("pre_context")),
-        "context_line": clean(line) if isinstance(line, str) else None,
-        "post_context": parse_lines(frame.get("post_context")),
+        "pre_context": parse_lines(lines.get("pre_context"), last=True),
+        "context_line": parse_line(own_line) if isinstance(own_line, str) else None,
+        "post_context": parse_lines(lines.get("post_context")),
+        "package": text(get("package")),
+        "instruction_addr": identifier(address),
+        "vars": as_object(get("vars"), room, VARIABLES),
     }
 
 
-def parse_exception(exception):
-    """Return an exception in the shape that goes out, and its own frames for those who show the whole chain."""
+def parse_frames(holder, room):
+    """Return the frames of an exception, a thread or an event, the oldest call first.
+
+    They are read from the newest on, to which the room goes. The first one says if some were cut.
+    """
+    sent = []
+    for place in places(holder, "stacktrace"):
+        sent = sent or as_list(as_dict(place).get("frames"))
+    number_cut = len(sent) - take_room(room, "frames", min(len(sent), FRAMES))
+    parsed = []
+    for frame in reversed(sent[number_cut:]):
+        if isinstance(frame, dict):
+            parsed.append(parse_frame(frame, room))
+    if number_cut:
+        parsed.append(parse_frame({"function": rest(number_cut, "older frames")}, room))
+    parsed.reverse()
+    return parsed
+
+
+def parse_thread(event, exception, room):
+    """Return the frames of the thread that an exception names, an empty list without one."""
+    thread_id = identifier(first((exception.get("thread_id"), exception.get("threadId"))))
+    if thread_id is not None:
+        for thread in find_list(event, "threads"):
+            if identifier(thread.get("id")) == thread_id:
+                return parse_frames(thread, room)
+    return []
+
+
+def parse_crash(event, metadata, room):
+    """Return the frames of an event of which no exception has any."""
+    threads = find_list(event, "threads")
+    threads.sort(key=lambda thread: thread.get("current") is not True)
+    threads.sort(key=lambda thread: thread.get("crashed") is not True)
+    for holder in (*threads, event):
+        frames = parse_frames(holder, room)
+        if frames:
+            return frames
+    place = {key: text(metadata.get(key)) for key in ("filename", "function")}
+    return [parse_frame(place, room)] if any(place.values()) else []
+
+
+def parse_exception(exception, main, room):
+    """Return an exception in the shape that goes out; `main` is the main one as it was sent."""
     return {
-        **{key: text(exception.get(key)) for key in ("type", "value", "module")},
-        "mechanism": plain(exception.get("mechanism")),
-        "frames": [parse_frame(frame) for frame in own_frames(exception)],
+        "type": text(exception.get("type")),
+        "value": text(exception.get("value")),
+        "module": text(exception.get("module")),
+        "mechanism": plain(exception.get("mechanism"), room=room),
+        "main": exception is main,
+        "frames": parse_frames(exception, room),
     }
 
 
-def parse_crumb(crumb):
-    texts = {key: text(crumb.get(key)) for key in ("type", "category", "level", "message")}
-    return {"timestamp": moment(crumb.get("timestamp")), **texts, "data": plain(crumb.get("data"))}
+def parse_exceptions(event, metadata):
+    """Return an event's exceptions, the inner cause first, and the stacktrace of the crash.
+
+    The stacktrace is that of the main exception, unless it has none and another one has.
+    """
+    sent = find_exceptions(event)
+    main = find_main(event, sent)
+    kept = sent[-EXCEPTIONS:]
+    if sent and all(exception is not main for exception in kept):
+        kept[0] = main
+    room = new_room()
+    parsed = [parse_exception(exception, main, room) for exception in reversed(kept)]
+    parsed.reverse()
+    crash = next((exception for exception in parsed if exception["main"]), {"frames": []})
+    crash["frames"] = crash["frames"] or parse_thread(event, main, room)
+    with_frames = [exception for exception in (*parsed, crash) if exception["frames"]]
+    if with_frames:
+        stacktrace = with_frames[-1]["frames"]
+    else:
+        stacktrace = parse_crash(event, metadata, room)
+        crash["frames"] = stacktrace
+    if len(sent) > EXCEPTIONS:
+        cut_off = {"type": REST, "value": rest(len(sent) - EXCEPTIONS, "inner exceptions")}
+        parsed.insert(0, parse_exception(cut_off, main, room))
+    return parsed, stacktrace
+
+
+def mask_pairs(pairs):
+    """Return pairs of names and values without the values that are secrets."""
+    return [(name, MASK if is_secret(name) else value) for name, value in pairs]
+
+
+def parse_headers(headers):
+    """Return a request's headers, sent as pairs, as an object or as lines of text, as a dict, else None."""
+    if isinstance(headers, str):
+        headers = [line.partition(":")[::2] for line in headers[:COLUMN_LENGTH].splitlines()]
+    return dict(mask_pairs(read_pairs(headers, PAIRS))) or None
+
+
+def parse_query(query):
+    """Return the query of a request's URL, sent as text, as pairs or as an object, as text."""
+    if isinstance(query, str):
+        return mask_query(text(query))
+    pairs = mask_pairs(read_pairs(query, PAIRS))
+    return text("&".join(f"{name}={value or ''}" for name, value in pairs))
+
+
+def parse_data(data):
+    """Return the body of a request, sent as text or as JSON, as JSON where it can be read as such."""
+    if not isinstance(data, str):
+        return plain(data)
+    if not data[:NAME_LENGTH].lstrip().startswith(("{", "[")):
+        return mask_query(text(data))
+    if len(data) <= JSON_LENGTH:
+        with suppress(ValueError, RecursionError):
+            return plain(json.loads(data))
+    return JSON_MEMBER.sub(mask, text(data))
+
+
+def parse_request(event):
+    """Return the request in which an error happened, None without one."""
+    request = find_object(event, "request")
+    if not request:
+        return None
+    return {
+        "method": text(request.get("method")),
+        "url": mask_query(text(request.get("url"))),
+        "query": parse_query(first((request.get("query_string"), request.get("query")))),
+        "headers": parse_headers(request.get("headers")),
+        "data": parse_data(request.get("data")),
+    }
+
+
+def parse_crumb(crumb, room):
+    """Return a breadcrumb in the shape that goes out."""
+    words = {key: text(crumb.get(key)) for key in ("type", "category", "level", "message")}
+    data = plain(crumb.get("data"), room=room)
+    return {"timestamp": moment(crumb.get("timestamp")), **words, "data": data}
+
+
+def parse_crumbs(event):
+    """Return an event's newest breadcrumbs, the newest last.
+
+    They are sorted where all have a time, because some SDKs append groups of older ones.
+    """
+    crumbs = find_list(event, "breadcrumbs")
+    times = [parse_time(crumb.get("timestamp")) for crumb in crumbs]
+    if None not in times:
+        order = sorted(range(len(crumbs)), key=times.__getitem__)
+        crumbs = [crumbs[index] for index in order]
+    room = new_room()
+    return [parse_crumb(crumb, room) for crumb in crumbs[-CRUMBS:]]
+
+
+def parse_actor(actor):
+    """Return who caused a delivery, None where it is not said."""
+    if not as_dict(actor):
+        return None
+    return {key: identifier(actor.get(key)) for key in ("type", "id", "name")}
+
+
+def parse_stats(issue):
+    """Return what an issue delivery says of its issue's counts, None where it says nothing."""
+    stats = {
+        "count": integer(issue.get("count")),
+        "user_count": integer(issue.get("userCount")),
+        "first_seen": moment(issue.get("firstSeen")),
+        "last_seen": moment(issue.get("lastSeen")),
+        "priority": text(issue.get("priority")),
+    }
+    return stats if any(value is not None for value in stats.values()) else None
 
 
 def parse_detail(payload):
-    """Return what of a stored delivery has no column, in the shapes that go out."""
-    event, actor = find_error(payload)["event"], payload.get("actor")
-    http, crumbs = (
-        interface(event, "request", "Http"),
-        interface(event, "breadcrumbs", "Breadcrumbs"),
-    )
+    """Return what of a stored payload has no column, in the shapes that go out."""
+    error = find_error(payload)
+    event = error["event"]
+    issue = as_dict(error.get("issue"))
+    extra = first((event.get("extra"), as_dict(error.get("hook")).get("context")))
+    exceptions, stacktrace = parse_exceptions(event, find_metadata(event, issue))
     return {
-        "exceptions": [parse_exception(exception) for exception in find_exceptions(event)],
-        "stacktrace": [parse_frame(frame) for frame in find_frames(event)],
+        "exceptions": exceptions,
+        "stacktrace": stacktrace,
         "tags": parse_tags(event),
-        "actor": {key: identifier(actor.get(key)) for key in ("type", "id", "name")}
-        if as_dict(actor)
-        else None,
-        "request": {key: text(http.get(key)) for key in ("method", "url")}
-        if as_dict(http)
-        else None,
-        "breadcrumbs": [parse_crumb(crumb) for crumb in objects(crumbs)[-CRUMBS:]],
+        "actor": parse_actor(payload.get("actor")),
+        "request": parse_request(event),
+        "breadcrumbs": parse_crumbs(event),
+        "user": as_object(find_object(event, "user") or None),
+        "contexts": as_object(event.get("contexts")),
+        "extra": as_object(extra),
+        "csp": as_object(find_object(event, "csp") or None),
+        "issue_stats": parse_stats(issue),
     }
-
-
-def server_of(url):
-    """Return the server of a URL, its host with any port that is not the usual one, else None."""
-    match = re.match(r"https?://([^/:?#]+)", url or "")
-    if not match:
-        return None
-    return "sentry.io" if match[1].endswith("sentry.io") else match[1]
 
 
 # --------------------------------------------------------------------------------------------------

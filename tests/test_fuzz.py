@@ -48,7 +48,10 @@ TEXT = st.text(st.characters(exclude_categories=()), max_size=40) | st.sampled_f
 NUMBERS = (
     st.integers() | st.integers(-(2**80), 2**80) | st.floats(allow_nan=False, allow_infinity=False)
 )
-KEYS = "type value values frames key data id name slug level message function filename lineno in_app url".split()
+KEYS = (
+    "type value values frames key data id name slug level message function filename lineno in_app url vars package "
+    "context password timestamp exception_id thread_id mechanism stacktrace"
+).split()
 JSON = st.recursive(
     st.none() | st.booleans() | NUMBERS | TEXT,
     lambda inner: (
@@ -63,7 +66,10 @@ PATHS = {
     )
     for shape in BASES
 }
-MORE_PATHS = "exception/values threads stacktrace/frames breadcrumbs/values request tags contexts entries".split()
+MORE_PATHS = (
+    "exception/values threads stacktrace/frames breadcrumbs/values request tags contexts entries main_exception_id "
+    "occurrence user extra csp request/headers request/query_string request/data context metadata/filename"
+).split()
 
 
 @pytest.fixture(scope="module")
