@@ -1898,6 +1898,7 @@ NOTE_LENGTH = 900  # characters of it that are kept for what it says of what was
 URL_LENGTH = 300  # most characters of a URL in it; of a longer one the path is shown
 SHARES = 2600, 1400, 700, 300  # characters that a section of each rank gets before any gets more
 SOURCE_LINES = 3  # source lines around the one that failed
+LONG_LINE = 100  # characters of a source line above which its column is told, too
 LINE_SHOWN = 160  # most characters of a source line in a text form
 VARIABLES_SHOWN = 1000  # characters of variables after which the others are left out
 OPEN_FRAMES = 15  # frames of a trace that its page shows without being asked, the newest ones
@@ -2124,7 +2125,8 @@ def place(frame):
     if frame["lineno"]:
         parts.append(f"line {frame['lineno']}")
     line = frame["context_line"] or ""
-    if frame["colno"] and (not line.strip() or len(line) > LINE_SHOWN):
+    is_minified = len(line) > LONG_LINE or "{snip}" in line
+    if frame["colno"] and (is_minified or not line.strip()):
         parts.append(f"column {frame['colno']}")
     function = qualified(frame)
     if not file and not package:
@@ -2174,7 +2176,9 @@ def closely(frame):
     read = " ".join(line for _, line, _ in around)
     used = set(re.findall(r"\w+", frame["context_line"] or ""))
     near = set(re.findall(r"\w+", read))
-    names = sorted(variables, key=lambda name: (name not in used, name not in near))
+    names = sorted(
+        variables, key=lambda name: (name not in used, name not in near, name.startswith("__"))
+    )
     room = VARIABLES_SHOWN
     for index, name in enumerate(names):
         line = f"  {flat(name, 60)} = {flat(variables[name], 300)}"
@@ -2214,20 +2218,27 @@ def has_more(chain):
 # Text forms
 
 
-def error_text(error, body, url):
-    """Return an error as text for a terminal or an agent, the most useful part first.
+def error_page(error, body):
+    """Return what the text form and the page of an error show of it.
 
-    `error` has the keys of a summary and `occurrences`. The template puts nothing of the error's own
-    text at the margin, and `flat` lets none of it begin a line.
+    `error` has the keys of a summary and `occurrences`, `body` is the delivery (bytes).
     """
     parsed = parse_detail(load(body))
     chain = chain_of(error, parsed)
     marked = any(frame["in_app"] for exception in chain for frame in exception["frames"])
-    words = render_template(
-        "error.txt", error=error | parsed, chain=chain, marked=marked, why=no_trace(error), url=url
-    )
+    return {"error": error | parsed, "chain": chain, "marked": marked, "why": no_trace(error)}
+
+
+def error_text(error, body, url):
+    """Return an error as text for a terminal or an agent, the most useful part first.
+
+    The template puts nothing of the error's own text at the margin, and `flat` lets none of it begin
+    a line.
+    """
+    page = error_page(error, body)
+    words = render_template("error.txt", **page, url=url)
     left_out = []
-    if has_more(chain):
+    if has_more(page["chain"]):
         left_out.append("source lines and variables of other frames")
     return fit(words, url, left_out)
 
@@ -2371,8 +2382,8 @@ def bytes_size(number):
 def chart(times, bars=40):
     """Return a bar chart of ISO 8601 times in UTC, None without times.
 
-    Its bars, as many as `bars` at most, are dicts of a count, its share of the highest, and the
-    period, whole minutes, hours or days, from `since` to `until`.
+    `width` is that of a bar in seconds, whole minutes, hours or days. The `bars`, as many as that at
+    most, are dicts of an index, a count, its share of the highest, and the period.
     """
     if not times:
         return None
@@ -2386,13 +2397,22 @@ def chart(times, bars=40):
     for index in range(max(counts) + 1):
         start = datetime.fromtimestamp((first_bar + index) * width, UTC)
         end = start + timedelta(seconds=width, microseconds=-1)
-        period = {"since": in_microseconds(start), "until": in_microseconds(end)}
-        drawn.append(period | {"count": counts[index], "share": counts[index] / most})
-    return {"bars": drawn, "most": most}
+        bar = {"index": index, "since": in_microseconds(start), "until": in_microseconds(end)}
+        drawn.append(bar | {"count": counts[index], "share": counts[index] / most})
+    return {"bars": drawn, "most": most, "width": width}
+
+
+def duration(seconds):
+    """Return the width of a bar of the chart in words."""
+    for unit, size in (("day", 86400), ("hour", 3600), ("minute", 60)):
+        if seconds >= size:
+            number = round(seconds / size)
+            return unit if number == 1 else f"{number:,} {unit}s"
+    return f"{seconds} seconds"
 
 
 PAGE_FILTERS = (
-    visible, flat, shorten, pretty, ago, web_link, bytes_size, source_lines, fold, own_frame, trace_lines,
+    visible, flat, shorten, pretty, ago, web_link, bytes_size, duration, source_lines, fold, own_frame, trace_lines,
     qualified, last_part, entry_id, is_close,
 )  # fmt: skip
 
@@ -2904,7 +2924,8 @@ def answer(form, state, render, next_page=None):
 # Reading
 
 ERROR_QUERY = (*FILTERS, "limit", "before", "after", "format", "refresh")  # parameters of /errors
-ISSUE_FILTERS = "project", "server", "level", "category", "issue", "q", "since", "until"
+ISSUE_FILTERS = "q", "project", "level", "category", "server", "issue", "since", "until"
+LIST_FIELDS = ("q", *FACETS, "event", "since", "until")  # of the form of filters
 PAGE_ROWS = 50  # rows of a page or a feed
 FACETS_SHOWN = "project", "level", "release", "environment"  # filters whose values a list counts
 
@@ -2977,7 +2998,10 @@ def show(connection, row, form, within, refresh=None):
     error = summary(row, link("")) | {"occurrences": select_occurrences(connection, row)}
     state = [error]
     if form == "html":
-        page = neighbours(connection, row, within) | {"refresh": refresh}
+        page = neighbours(connection, row, within) | {"refresh": refresh, "latest_url": None}
+        if request.path.startswith("/errors/latest"):
+            turned = None if refresh else 30
+            page["latest_url"] = list_link(within, "/errors/latest", refresh=turned)
         state += [page, minute()]
 
     def render():
@@ -2987,9 +3011,7 @@ def show(connection, row, form, within, refresh=None):
         if form == "text":
             url = whole_link(f"/errors/{row['id']}")
             return error_text(error, body, url if len(url) <= URL_LENGTH else error["url"])
-        parsed = parse_detail(load(body))
-        chain = chain_of(error, parsed)
-        return render_template("detail.html", error=error | parsed, chain=chain, **page)
+        return render_template("detail.html", **error_page(error, body), **page)
 
     return answer(form, state, render)
 
@@ -3122,6 +3144,7 @@ def list_page(connection, query, filters, rows, has_more):
     return {
         "errors": [list_item(row, within) for row in rows],
         "query": query,
+        "fields": LIST_FIELDS,
         "refresh": query.get("refresh"),
         "filtered": bool(within),
         "newer": list_link(plain_query, after=rows[0]["id"]) if rows and has_newer else None,
@@ -3179,8 +3202,9 @@ def list_issues():
     rows, has_more = select_issues(database.reader(), filters, limit)
     issues = [issue(row, link("")) for row in rows]
     next_page = list_link(query, "/issues", before=rows[-1]["newest"]) if has_more else None
-    page = {"issues": issues, "query": query, "older": next_page, "refresh": refresh}
-    state = [page, minute() if form == "html" else None]
+    state = [issues, has_more]
+    if form == "html":
+        state.append(minute())
 
     def render():
         if form == "json":
@@ -3188,7 +3212,18 @@ def list_issues():
         if form == "text":
             next_url = next_page and whole_link(next_page.removeprefix(link("")))
             return list_text([issue_line(row) for row in rows], next_url, "no issues")
-        return render_template("issues.html", page_url=list_link, fields=ISSUE_FILTERS, **page)
+        for row in issues:
+            row["newest_url"] = error_link(row["newest"], {"issue": row["issue_id"]})
+        return render_template(
+            "issues.html",
+            issues=issues,
+            query=query,
+            fields=ISSUE_FILTERS,
+            filtered=any(name in query for name in ISSUE_FILTERS),
+            older=next_page,
+            refresh=refresh,
+            page_url=list_link,
+        )
 
     return answer(form, state, render, next_page)
 
