@@ -867,7 +867,7 @@ SPOOL_FREE_BYTES = 64 * 1024 * 1024  # bytes of the disk that the spool leaves f
 INDEX_BATCH = 200  # errors that are added to the search index in one transaction
 DELETE_BATCH = 50  # expired errors that are deleted in one transaction
 PAGE_CHARACTERS = 600_000  # most characters of a page, of which JSON makes up to twelve bytes each
-DELIVERY_DAYS = 90  # days for which the counts of deliveries are kept
+DELIVERY_DAYS = 90  # days for which the counts of deliveries are kept apart by their time
 
 
 def in_microseconds(when):
@@ -1640,8 +1640,13 @@ def select_deliveries(connection):
 
 
 def delete_old_counts(connection):
-    """Delete the counts of more than DELIVERY_DAYS ago."""
-    connection.execute("DELETE FROM deliveries WHERE period < ?", (now(days=DELIVERY_DAYS),))
+    """Add up the counts of more than DELIVERY_DAYS ago, so that the sums never fall."""
+    limit = (now(days=DELIVERY_DAYS),)
+    sql = """INSERT INTO deliveries SELECT '', outcome, reason, sum(count), max(last_at)
+        FROM deliveries WHERE period < ? GROUP BY outcome, reason
+        ON CONFLICT DO UPDATE SET count = excluded.count, last_at = excluded.last_at"""
+    connection.execute(sql, limit)
+    connection.execute("DELETE FROM deliveries WHERE period BETWEEN '0' AND ?", limit)
 
 
 # The spool
@@ -2382,19 +2387,19 @@ def bytes_size(number):
 def chart(times, bars=40):
     """Return a bar chart of ISO 8601 times in UTC, None without times.
 
-    `width` is that of a bar in seconds, whole minutes, hours or days. The `bars`, as many as that at
-    most, are dicts of an index, a count, its share of the highest, and the period.
+    `width` is that of a bar in seconds, whole minutes, hours or days. The `bars`, which end with the
+    newest time, are dicts of an index, a count, its share of the highest, and the period.
     """
     if not times:
         return None
     stamps = [datetime.fromisoformat(value).timestamp() for value in times]
     span = max(stamps) - min(stamps)
     width = next((size for size in BAR_SECONDS if span / size < bars - 1), span + 1)
-    first_bar = int(min(stamps) // width)
+    first_bar = int(max(stamps) // width) - bars + 1
     counts = Counter(int(stamp // width) - first_bar for stamp in stamps)
     most = max(counts.values())
     drawn = []
-    for index in range(max(counts) + 1):
+    for index in range(bars):
         start = datetime.fromtimestamp((first_bar + index) * width, UTC)
         end = start + timedelta(seconds=width, microseconds=-1)
         bar = {"index": index, "since": in_microseconds(start), "until": in_microseconds(end)}
@@ -2927,6 +2932,7 @@ ERROR_QUERY = (*FILTERS, "limit", "before", "after", "format", "refresh")  # par
 ISSUE_FILTERS = "q", "project", "level", "category", "server", "issue", "since", "until"
 LIST_FIELDS = ("q", *FACETS, "event", "since", "until")  # of the form of filters
 PAGE_ROWS = 50  # rows of a page or a feed
+FREE_STEP = 64 * 1024 * 1024  # bytes in whose multiples the free space of the disk is told
 FACETS_SHOWN = "project", "level", "release", "environment"  # filters whose values a list counts
 
 
@@ -3272,9 +3278,12 @@ def describe_deliveries(connection):
 
 
 def free_bytes(path):
-    """Return how many bytes are free on the disk of the database, or None if that is not known."""
+    """Return how many bytes are free on the disk of the database, or None if that is not known.
+
+    They are whole steps, so that the tag of a page does not change with each byte.
+    """
     try:
-        return shutil.disk_usage(path.parent).free
+        return shutil.disk_usage(path.parent).free // FREE_STEP * FREE_STEP
     except OSError:
         return None
 
