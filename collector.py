@@ -982,7 +982,7 @@ class Database:
                 connection.execute(f"PRAGMA journal_mode = {self.journal_mode}")
                 self.upgrade(connection)
         except (BlockingIOError, sqlite3.OperationalError) as error:
-            if is_busy(error) and version:
+            if is_busy(error) and 0 < version < SCHEMA_VERSION:
                 change = f"from version {version} to {SCHEMA_VERSION}"
                 raise sqlite3.OperationalError(
                     f"its schema has to be changed {change}, and another process holds its lock"
@@ -1392,8 +1392,9 @@ def narrow(connection, filters):
     narrowed = dict(filters)
     if "issue" in filters:
         sql = """SELECT issue_id, server FROM errors WHERE short_id = :issue
-            AND issue_id IS NOT NULL ORDER BY id DESC LIMIT 1"""
-        row = connection.execute(sql, filters).fetchone()
+            AND issue_id IS NOT NULL AND (:server IS NULL OR server = :server)
+            ORDER BY id DESC LIMIT 1"""
+        row = connection.execute(sql, {"server": None} | filters).fetchone()
         if row:
             narrowed["issue"] = row["issue_id"]
             if row["server"]:
@@ -1542,9 +1543,9 @@ def select_occurrences(connection, row):
     counted = connection.execute(sql, key).fetchone()
     if counted is None:  # deleted since the row was read
         return None
-    sql = """SELECT release FROM (SELECT id, release FROM errors
-            WHERE issue_id = :issue_id AND server IS :server ORDER BY id DESC LIMIT 1000)
-        WHERE release IS NOT NULL GROUP BY release ORDER BY max(id) DESC LIMIT 20"""
+    sql = """SELECT release FROM (SELECT received_at, release FROM errors
+            WHERE issue_id = :issue_id AND server IS :server ORDER BY received_at DESC LIMIT 1000)
+        WHERE release IS NOT NULL GROUP BY release ORDER BY max(received_at) DESC LIMIT 20"""
     releases = [release for (release,) in connection.execute(sql, key)]
     return dict(counted) | {"releases": releases}
 
@@ -2739,8 +2740,9 @@ def log_delivery(*outcome):
 
 def caller():
     """Return the address of the client, and of those whom a proxy names, for a log line."""
-    forwarded = request.headers.get("X-Forwarded-For", "")
-    return UNSAFE.sub("?", joined(request.remote_addr or "a socket", forwarded))[:100]
+    forwarded = request.headers.get("X-Forwarded-For", "").replace(",", " ")
+    addresses = joined(request.remote_addr or "a-socket", forwarded).split()
+    return " ".join(UNSAFE.sub("?", address) for address in addresses)[:100]
 
 
 # What all requests share
@@ -2759,13 +2761,20 @@ def guard_reading():
         return
     settings = collector().settings
     hosts = settings["TRUSTED_HOSTS"]
-    if hosts and not host_is_trusted(request.headers.get("Host"), hosts):
+    if hosts and not is_trusted(request.headers.get("Host", ""), hosts):
         abort(400, "This Host is not in TRUSTED_HOSTS; use one that is, or add it there.")
     token = settings["API_TOKEN"]
     if token and not knows_token(token):
         log_seldom("refused a reader without API_TOKEN, from %s", caller())
         words = "send 'Authorization: Bearer <token>', or the token as Basic password"
         abort(401, f"Reading needs API_TOKEN; {words}.")
+
+
+def is_trusted(host, trusted):
+    """Return True if a Host header names one of the trusted hosts."""
+    # Werkzeug takes a host with an underscore, as compose services may have, for none.
+    name = re.sub(r":[0-9]+$", "", host).lower()
+    return name in trusted or host_is_trusted(host, trusted)
 
 
 def knows_token(token):
@@ -3421,7 +3430,10 @@ def cure_of(error):
     if code == sqlite3.SQLITE_FULL or getattr(error, "errno", 0) == errno.ENOSPC:
         return "free space on the disk"
     if code in (sqlite3.SQLITE_CORRUPT, sqlite3.SQLITE_NOTADB):
-        return "restore a backup, 'flask --app collector restore FILE'"
+        return (
+            "move it and the files beside it that begin with its name away, then restore a backup: "
+            "flask --app collector restore FILE"
+        )
     if code in (sqlite3.SQLITE_READONLY, sqlite3.SQLITE_CANTOPEN, sqlite3.SQLITE_PERM):
         return "make the folder and its files writable for the collector's user"
     return "see the log"
@@ -3556,7 +3568,8 @@ def restore_command(file, yes):
             raise click.ClickException("Nothing is changed; add --yes to replace them.")
         replaced = restore(database, file)
     except (sqlite3.Error, OSError) as error:
-        raise click.ClickException(f"cannot restore {file}: {error}") from None
+        words = f"cannot replace {database.path} by {file}: {error}; {cure_of(error)}"
+        raise click.ClickException(words) from None
     finally:
         database.close()
     click.echo(f"Restored. What was there is in {replaced}.")

@@ -111,7 +111,7 @@ INSERT INTO sqlite_sequence SELECT 'errors', seq FROM sqlite_sequence WHERE name
 DROP TABLE errors_1;
 
 CREATE INDEX errors_event_id ON errors (event_id) WHERE event_id IS NOT NULL;
-CREATE INDEX errors_issue_id ON errors (issue_id, server) WHERE issue_id IS NOT NULL;
+CREATE INDEX errors_issue_id ON errors (issue_id, server, received_at) WHERE issue_id IS NOT NULL;
 CREATE INDEX errors_short_id ON errors (short_id) WHERE short_id IS NOT NULL;
 CREATE INDEX errors_digest ON errors (digest) WHERE digest IS NOT NULL;
 CREATE INDEX errors_received_at ON errors (received_at);
@@ -152,11 +152,15 @@ CREATE TRIGGER errors_deleted AFTER DELETE ON errors BEGIN
     DELETE FROM issues
     WHERE issue_id = old.issue_id AND server = coalesce(old.server, '') AND count = 0;
     UPDATE issues SET
-        first_seen = (SELECT received_at FROM errors
-            WHERE issue_id = old.issue_id AND server IS old.server ORDER BY id LIMIT 1),
-        (last_seen, newest) = (SELECT received_at, id FROM errors
-            WHERE issue_id = old.issue_id AND server IS old.server ORDER BY id DESC LIMIT 1)
+        first_seen = (SELECT min(received_at) FROM errors
+            WHERE issue_id = old.issue_id AND server IS old.server),
+        last_seen = (SELECT max(received_at) FROM errors
+            WHERE issue_id = old.issue_id AND server IS old.server)
     WHERE issue_id = old.issue_id AND server = coalesce(old.server, '');
+    UPDATE issues SET
+        newest = (SELECT max(id) FROM errors
+            WHERE issue_id = old.issue_id AND server IS old.server)
+    WHERE issue_id = old.issue_id AND server = coalesce(old.server, '') AND newest = old.id;
 END;
 
 INSERT INTO issues

@@ -5,15 +5,19 @@ import hashlib
 import hmac
 import http.client
 import json
+import logging
+import math
 import os
 import signal
 import socket
+import sqlite3
 import subprocess
 import sys
 import time
 from pathlib import Path
 
 import pytest
+from jinja2 import FileSystemBytecodeCache
 
 from collector import create_app
 
@@ -21,14 +25,16 @@ ROOT = Path(__file__).resolve().parent.parent
 PAYLOADS = Path(__file__).resolve().parent / "payloads"
 SECRET = "0123456789abcdef" * 4
 SETTINGS = (
-    "DATABASE_URL SENTRY_DSN SENTRY_CLIENT_SECRET SENTRY_ACTIONS API_TOKEN PUBLIC_URL TRUSTED_HOSTS "
-    "RETENTION_DAYS MAX_BODY_BYTES "
-    "WEB_CONCURRENCY PORT"
+    "DATABASE_URL SENTRY_DSN SENTRY_CLIENT_SECRET SENTRY_ACTIONS API_TOKEN PUBLIC_URL "
+    "TRUSTED_HOSTS RETENTION_DAYS MAX_BODY_BYTES WEB_CONCURRENCY PORT"
 ).split()
 
 
+TEMPLATES = FileSystemBytecodeCache()  # compiled once for all apps
+
+
 def isolate(patch, folder):
-    """Keep the developer's own settings and .env out: work in `folder`, with no setting in the environment."""
+    """Keep the developer's own settings and .env out: work in `folder`, no setting given."""
     for name in SETTINGS:
         patch.delenv(name, raising=False)
     patch.chdir(folder)
@@ -42,17 +48,19 @@ def clean_environment(monkeypatch, tmp_path):
 
 @pytest.fixture
 def make_app(tmp_path):
-    """Return a function that makes an app on tmp_path/data/errors.db with the settings given."""
-
+    """Return a function that makes an app on tmp_path/data/errors.db, as a worker has it."""
     apps = []
 
     def make(**config):
-        apps.append(create_app({"DATABASE_URL": f"sqlite:///{tmp_path}/data/errors.db", **config}))
-        return apps[-1]
+        app = create_app({"DATABASE_URL": f"sqlite:///{tmp_path}/data/errors.db", **config})
+        app.jinja_env.bytecode_cache = TEMPLATES
+        core(app).start()
+        apps.append(app)
+        return app
 
     yield make
     for app in apps:
-        app.extensions["collector"].database.close()
+        core(app).database.close()
 
 
 @pytest.fixture
@@ -96,14 +104,63 @@ def post(client, payload, **headers):
     )
 
 
+def core(app):
+    """Return the app's Collector."""
+    return app.extensions["collector"]
+
+
+def select(app, sql, *values):
+    """Return the rows of a query on the app's database, as tuples."""
+    return [tuple(row) for row in core(app).database.connection().execute(sql, values)]
+
+
 def count_rows(app):
     """Return how many errors are stored."""
-    return (
-        app.extensions["collector"]
-        .database.connection()
-        .execute("SELECT count(*) FROM errors")
-        .fetchone()[0]
-    )
+    return select(app, "SELECT count(*) FROM errors")[0][0]
+
+
+def event_ids(app):
+    """Return the event ids that are stored, in the order of their rows."""
+    return [event_id for (event_id,) in select(app, "SELECT event_id FROM errors ORDER BY id")]
+
+
+def spooled(app):
+    """Return how many deliveries wait in the spool."""
+    return len(core(app).spool.names())
+
+
+def maintain(app):
+    """Do all the maintenance there is, whether it is due or not, as after a pause."""
+    shared = core(app)
+    shared.database.paused_until = -math.inf
+    shared.due = dict.fromkeys(shared.steps, -math.inf)
+    while shared.maintain():
+        pass
+
+
+def counts(client):
+    """Return the counts of deliveries as /config shows them, by outcome and reason."""
+    core(client.application).write_counts()
+    rows = client.get("/config").json["deliveries"]
+    return {(row["outcome"], row["reason"]): row["count"] for row in rows}
+
+
+@contextlib.contextmanager
+def locked(path):
+    """Hold the write lock of a database, as a VACUUM or somebody's shell would."""
+    with contextlib.closing(sqlite3.connect(path, isolation_level=None)) as other:
+        other.execute("BEGIN IMMEDIATE")
+        yield other
+
+
+@pytest.fixture
+def log(caplog):
+    """Return a function that returns the lines that the collector has logged so far."""
+    logger = logging.getLogger("collector")
+    logger.addHandler(caplog.handler)
+    caplog.set_level(logging.INFO, logger="collector")
+    yield lambda: [record.getMessage() for record in caplog.records]
+    logger.removeHandler(caplog.handler)
 
 
 def wait_for(condition, seconds=10):
@@ -136,7 +193,7 @@ class Server:
         self.process = None
 
     def start(self, *arguments, wait=True):
-        """Start gunicorn in self.folder, where no .env of a developer's is; its output goes to self.log."""
+        """Start gunicorn in self.folder, where no developer's .env is; its output goes to self.log."""
         command = [
             sys.executable,
             "-m",
@@ -203,7 +260,7 @@ class Server:
 
 @pytest.fixture
 def make_server(tmp_path):
-    """Return a function that starts a gunicorn with the settings given; all are killed at the end, which is quick."""
+    """Return a function that starts a gunicorn with the settings given; all are killed at the end."""
     servers = []
 
     def make(*arguments, folder=tmp_path / "server", wait=True, **env):
