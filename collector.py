@@ -44,7 +44,7 @@ log = logging.getLogger("collector")
 # Parsing: bytes and dicts in, dicts out; no Flask, no sqlite3, no clock
 # --------------------------------------------------------------------------------------------------
 
-# The most that is read of a payload, so that no delivery takes long. The payload itself stays whole.
+# The most that is read of a payload, which itself stays whole, so that no delivery takes long.
 COLUMN_LENGTH = 8192  # characters of a text, where Sentry cuts messages, too
 NAME_LENGTH = 200  # characters of the name of a tag, a header or a variable
 LINE_LENGTH = 1024  # characters of a source line
@@ -73,6 +73,8 @@ SECRET_NAME = re.compile(
     r"|(?<![a-z])(?:dsn|jwt|bearer|(?:pass|o?auth)$|pw(?![a-z]))",
     re.IGNORECASE,
 )
+# The names of values that are URLs or queries, which may have secrets among their parameters.
+LINK_NAME = re.compile(r"(?:ur[il]|query|query[-_]?string|referr?er|location)$", re.IGNORECASE)
 # A parameter of a query or a form, and a member of broken JSON: up to the value, the name in it.
 PARAMETER = re.compile(r"(?<![^?&;#])(([^?&;#=]{1,200})=)[^&;#]*")
 JSON_MEMBER = re.compile(r'("([^"\\]{1,200})"\s*:\s*)(?:"(?:[^"\\]|\\.)*"?|[^,}\]\s]+)')
@@ -81,7 +83,7 @@ JSON_MEMBER = re.compile(r'("([^"\\]{1,200})"\s*:\s*)(?:"(?:[^"\\]|\\.)*"?|[^,}\
 class Refused(Exception):
     """A delivery is not taken.
 
-    `status` is the HTTP status, `reason` is what it is counted under, `words` is told to its sender.
+    `status` is the HTTP status, `reason` the name it is counted under, `words` are for its sender.
     """
 
     def __init__(self, status, reason, words):
@@ -139,7 +141,7 @@ def load(body):
         return json.loads(body)
     except RecursionError:
         # It is nested as deeply as the stack allowed when it was received. A new thread has a whole
-        # stack, where a request has used up a part of its own.
+        # stack, of which any request has used up more.
         with ThreadPoolExecutor(1) as executor:
             return executor.submit(json.loads, body).result()
 
@@ -239,6 +241,15 @@ def mask_query(value):
     return value and PARAMETER.sub(mask, value)
 
 
+def mask_value(name, value):
+    """Return a plain value of this name without secrets."""
+    if is_secret(name):
+        return MASK
+    if isinstance(value, str) and LINK_NAME.search(name):
+        return mask_query(value)
+    return value
+
+
 def new_room():
     """Return how much may be read of one part of an event."""
     return {"values": VALUES, "frames": EVENT_FRAMES}
@@ -284,10 +295,7 @@ def plain_object(value, depth, room, limit=ITEMS):
     copy = {}
     for key, item in islice(value.items(), kept):
         name = clean(cut(key, NAME_LENGTH))
-        if is_secret(name):
-            copy[name] = MASK
-        else:
-            copy[name] = plain(item, depth, room)
+        copy[name] = mask_value(name, plain(item, depth, room))
     if len(value) > kept:
         copy[REST] = rest(len(value) - kept)
     return copy
@@ -367,8 +375,8 @@ def find_error(payload):
 
 # The interfaces of an event, and what follows "sentry.interfaces." in those of Sentry 8 and before.
 INTERFACES = {
-    "exception": "Exception", "threads": "Threads", "stacktrace": "Stacktrace", "logentry": "Message",
-    "request": "Http", "breadcrumbs": "Breadcrumbs", "user": "User", "csp": "Csp",
+    "exception": "Exception", "threads": "Threads", "stacktrace": "Stacktrace", "user": "User",
+    "logentry": "Message", "request": "Http", "breadcrumbs": "Breadcrumbs", "csp": "Csp",
 }  # fmt: skip
 
 
@@ -432,7 +440,7 @@ def parse_tags(event):
 
 
 def server_of(url):
-    """Return the server of a URL, its host with its port unless that is the usual one, else None."""
+    """Return the server of a URL, which is its host and any unusual port, else None."""
     pattern = r"https?://(?:[^/?#\s]*@)?([^/?#\s:@\\]+|\[[0-9a-f:.]+\])(:[0-9]{1,5})?(?:[/?#]|$)"
     match = re.match(pattern, (text(url) or "").lower())
     if match is None:
@@ -608,7 +616,7 @@ def parse_lines(lines, last=False):
 def find_lines(frame, number):
     """Return a frame's source lines as the dict of the keys that a service hook has no names for.
 
-    It sends pairs of a line's number and its text; `number` is that of the frame's own line.
+    It sends pairs of a line's number and its text, and `number` is that of the frame's own line.
     """
     pairs = as_list(frame.get("context"))[:ITEMS]
     if number is None or not pairs:
@@ -694,7 +702,7 @@ def parse_crash(event, metadata, room):
 
 
 def parse_exception(exception, main, room):
-    """Return an exception in the shape that goes out; `main` is the main one as it was sent."""
+    """Return an exception in the shape that goes out, where `main` is the main one as sent."""
     return {
         "type": text(exception.get("type")),
         "value": text(exception.get("value")),
@@ -732,28 +740,24 @@ def parse_exceptions(event, metadata):
     return parsed, stacktrace
 
 
-def mask_pairs(pairs):
-    """Return pairs of names and values without the values that are secrets."""
-    return [(name, MASK if is_secret(name) else value) for name, value in pairs]
-
-
 def parse_headers(headers):
-    """Return a request's headers, sent as pairs, as an object or as lines of text, as a dict, else None."""
+    """Return a request's headers, sent as pairs, as an object or as lines, as a dict, else None."""
     if isinstance(headers, str):
         headers = [line.partition(":")[::2] for line in headers[:COLUMN_LENGTH].splitlines()]
-    return dict(mask_pairs(read_pairs(headers, PAIRS))) or None
+    pairs = read_pairs(headers, PAIRS)
+    return {name: mask_value(name, value) for name, value in pairs} or None
 
 
 def parse_query(query):
     """Return the query of a request's URL, sent as text, as pairs or as an object, as text."""
     if isinstance(query, str):
         return mask_query(text(query))
-    pairs = mask_pairs(read_pairs(query, PAIRS))
-    return text("&".join(f"{name}={value or ''}" for name, value in pairs))
+    pairs = read_pairs(query, PAIRS)
+    return text("&".join(f"{name}={mask_value(name, value) or ''}" for name, value in pairs))
 
 
 def parse_data(data):
-    """Return the body of a request, sent as text or as JSON, as JSON where it can be read as such."""
+    """Return a request's body, sent as text or as JSON, as JSON where it can be read as such."""
     if not isinstance(data, str):
         return plain(data)
     if not data[:NAME_LENGTH].lstrip().startswith(("{", "[")):
@@ -2091,6 +2095,12 @@ def own_frame(frames):
     return (own or frames)[-1]
 
 
+def says_cut(frame):
+    """Return True for a frame that stands for older ones, which were cut when they were read."""
+    is_bare = frame["lineno"] is None and not frame["filename"]
+    return is_bare and (frame["function"] or "").startswith(REST)
+
+
 def fold(frames, marked=False):
     """Return runs of frames as (True for library code, frames).
 
@@ -2100,6 +2110,8 @@ def fold(frames, marked=False):
     runs = []
     for frame in frames:
         is_library = marked and not frame["in_app"] and frame is not frames[-1]
+        if frame is frames[0] and says_cut(frame):
+            is_library = False
         if not runs or runs[-1][0] != is_library:
             runs.append((is_library, []))
         runs[-1][1].append(frame)
@@ -2125,6 +2137,8 @@ def qualified(frame):
 
 def place(frame):
     """Return where a frame is, in the words of a Python traceback."""
+    if says_cut(frame):
+        return f"[{frame['function']}]"
     file = frame["filename"] or frame["abs_path"]
     package = frame["package"] and last_part(frame["package"])
     parts = [f'File "{file or package or frame["module"] or "?"}"']
