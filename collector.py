@@ -1904,7 +1904,7 @@ def restore(database, file):
 # --------------------------------------------------------------------------------------------------
 
 TEXT_LENGTH = 8000  # most characters of a text form
-NOTE_LENGTH = 900  # characters of it that are kept for what it says of what was left out
+NOTE_LENGTH = 1000  # characters of it that are kept for what it says of what was left out
 URL_LENGTH = 300  # most characters of a URL in it; of a longer one the path is shown
 SHARES = 2600, 1400, 700, 300  # characters that a section of each rank gets before any gets more
 SOURCE_LINES = 3  # source lines around the one that failed
@@ -2277,8 +2277,8 @@ def fit(words, url, left_out):
         if len(kept) > 1:
             shown.append("\n".join(kept))
     text_form = "\n\n".join(shown)
-    left_out = missing[:12] + left_out
-    if len(missing) > 12:
+    left_out = missing[:6] + left_out
+    if len(missing) > 6:
         left_out.append("more sections")
     if CUT in text_form:
         left_out.append("ends of long values (…)")
@@ -2326,6 +2326,8 @@ def cut_section(lines, room):
     if ends_best:
         others.reverse()
     room -= sum(len(line) + 1 for line in first_lines) + 1
+    if room < 0:
+        return []
     kept = []
     for line in others:
         room -= len(line) + 1
