@@ -2177,7 +2177,7 @@ def source_line(line, column=None):
     """Return a source line for a text form, its indentation kept; of a long one the part at `column`."""
     line = line.expandtabs(4)
     start = 0
-    if len(line) > LINE_SHOWN and column:
+    if len(line) > LINE_SHOWN and column and column < len(line):
         start = max(column - LINE_SHOWN // 2, 0)
     words = line[start:].lstrip()
     indentation = min(len(line) - start - len(words), 40)
@@ -2938,8 +2938,8 @@ def answer(form, state, render, next_page=None):
 
     `state` is what tells the reply from others of the same address and form.
     """
-    address = [request.headers.get("Host"), request.scheme, request.full_path]
-    parts = as_json([STAMP, collector().settings["PUBLIC_URL"], form, *address, *state])
+    address = [request.headers.get("Host"), request.scheme, link(request.full_path)]
+    parts = as_json([STAMP, form, *address, *state])
     etag = hashlib.sha256(parts.encode()).hexdigest()[:32]
     if request.if_none_match.contains_weak(etag):
         response = Response(status=304)
