@@ -12,11 +12,14 @@ import logging
 import math
 import os
 import re
+import shutil
 import sqlite3
 import string
 import sys
 import threading
 import time
+import unicodedata
+import uuid
 import zlib
 from collections import Counter, deque
 from concurrent.futures import ThreadPoolExecutor
@@ -24,7 +27,7 @@ from contextlib import closing, contextmanager, suppress
 from datetime import UTC, datetime, timedelta
 from itertools import islice
 from pathlib import Path
-from urllib.parse import urlencode
+from urllib.parse import parse_qsl, urlencode
 
 import click
 from dotenv import dotenv_values
@@ -41,7 +44,7 @@ log = logging.getLogger("collector")
 # Parsing: bytes and dicts in, dicts out; no Flask, no sqlite3, no clock
 # --------------------------------------------------------------------------------------------------
 
-# The most that is read of a payload, so that no delivery takes long. The payload itself stays whole.
+# The most that is read of a payload, which itself stays whole, so that no delivery takes long.
 COLUMN_LENGTH = 8192  # characters of a text, where Sentry cuts messages, too
 NAME_LENGTH = 200  # characters of the name of a tag, a header or a variable
 LINE_LENGTH = 1024  # characters of a source line
@@ -70,6 +73,8 @@ SECRET_NAME = re.compile(
     r"|(?<![a-z])(?:dsn|jwt|bearer|(?:pass|o?auth)$|pw(?![a-z]))",
     re.IGNORECASE,
 )
+# The names of values that are URLs or queries, which may have secrets among their parameters.
+LINK_NAME = re.compile(r"(?:ur[il]|query|query[-_]?string|referr?er|location)$", re.IGNORECASE)
 # A parameter of a query or a form, and a member of broken JSON: up to the value, the name in it.
 PARAMETER = re.compile(r"(?<![^?&;#])(([^?&;#=]{1,200})=)[^&;#]*")
 JSON_MEMBER = re.compile(r'("([^"\\]{1,200})"\s*:\s*)(?:"(?:[^"\\]|\\.)*"?|[^,}\]\s]+)')
@@ -78,7 +83,7 @@ JSON_MEMBER = re.compile(r'("([^"\\]{1,200})"\s*:\s*)(?:"(?:[^"\\]|\\.)*"?|[^,}\
 class Refused(Exception):
     """A delivery is not taken.
 
-    `status` is the HTTP status, `reason` is what it is counted under, `words` is told to its sender.
+    `status` is the HTTP status, `reason` the name it is counted under, `words` are for its sender.
     """
 
     def __init__(self, status, reason, words):
@@ -136,7 +141,7 @@ def load(body):
         return json.loads(body)
     except RecursionError:
         # It is nested as deeply as the stack allowed when it was received. A new thread has a whole
-        # stack, where a request has used up a part of its own.
+        # stack, of which any request has used up more.
         with ThreadPoolExecutor(1) as executor:
             return executor.submit(json.loads, body).result()
 
@@ -236,6 +241,15 @@ def mask_query(value):
     return value and PARAMETER.sub(mask, value)
 
 
+def mask_value(name, value):
+    """Return a plain value of this name without secrets."""
+    if is_secret(name):
+        return MASK
+    if isinstance(value, str) and LINK_NAME.search(name):
+        return mask_query(value)
+    return value
+
+
 def new_room():
     """Return how much may be read of one part of an event."""
     return {"values": VALUES, "frames": EVENT_FRAMES}
@@ -281,10 +295,7 @@ def plain_object(value, depth, room, limit=ITEMS):
     copy = {}
     for key, item in islice(value.items(), kept):
         name = clean(cut(key, NAME_LENGTH))
-        if is_secret(name):
-            copy[name] = MASK
-        else:
-            copy[name] = plain(item, depth, room)
+        copy[name] = mask_value(name, plain(item, depth, room))
     if len(value) > kept:
         copy[REST] = rest(len(value) - kept)
     return copy
@@ -364,8 +375,8 @@ def find_error(payload):
 
 # The interfaces of an event, and what follows "sentry.interfaces." in those of Sentry 8 and before.
 INTERFACES = {
-    "exception": "Exception", "threads": "Threads", "stacktrace": "Stacktrace", "logentry": "Message",
-    "request": "Http", "breadcrumbs": "Breadcrumbs", "user": "User", "csp": "Csp",
+    "exception": "Exception", "threads": "Threads", "stacktrace": "Stacktrace", "user": "User",
+    "logentry": "Message", "request": "Http", "breadcrumbs": "Breadcrumbs", "csp": "Csp",
 }  # fmt: skip
 
 
@@ -429,7 +440,7 @@ def parse_tags(event):
 
 
 def server_of(url):
-    """Return the server of a URL, its host with its port unless that is the usual one, else None."""
+    """Return the server of a URL, which is its host and any unusual port, else None."""
     pattern = r"https?://(?:[^/?#\s]*@)?([^/?#\s:@\\]+|\[[0-9a-f:.]+\])(:[0-9]{1,5})?(?:[/?#]|$)"
     match = re.match(pattern, (text(url) or "").lower())
     if match is None:
@@ -605,7 +616,7 @@ def parse_lines(lines, last=False):
 def find_lines(frame, number):
     """Return a frame's source lines as the dict of the keys that a service hook has no names for.
 
-    It sends pairs of a line's number and its text; `number` is that of the frame's own line.
+    It sends pairs of a line's number and its text, and `number` is that of the frame's own line.
     """
     pairs = as_list(frame.get("context"))[:ITEMS]
     if number is None or not pairs:
@@ -691,7 +702,7 @@ def parse_crash(event, metadata, room):
 
 
 def parse_exception(exception, main, room):
-    """Return an exception in the shape that goes out; `main` is the main one as it was sent."""
+    """Return an exception in the shape that goes out, where `main` is the main one as sent."""
     return {
         "type": text(exception.get("type")),
         "value": text(exception.get("value")),
@@ -729,28 +740,24 @@ def parse_exceptions(event, metadata):
     return parsed, stacktrace
 
 
-def mask_pairs(pairs):
-    """Return pairs of names and values without the values that are secrets."""
-    return [(name, MASK if is_secret(name) else value) for name, value in pairs]
-
-
 def parse_headers(headers):
-    """Return a request's headers, sent as pairs, as an object or as lines of text, as a dict, else None."""
+    """Return a request's headers, sent as pairs, as an object or as lines, as a dict, else None."""
     if isinstance(headers, str):
         headers = [line.partition(":")[::2] for line in headers[:COLUMN_LENGTH].splitlines()]
-    return dict(mask_pairs(read_pairs(headers, PAIRS))) or None
+    pairs = read_pairs(headers, PAIRS)
+    return {name: mask_value(name, value) for name, value in pairs} or None
 
 
 def parse_query(query):
     """Return the query of a request's URL, sent as text, as pairs or as an object, as text."""
     if isinstance(query, str):
         return mask_query(text(query))
-    pairs = mask_pairs(read_pairs(query, PAIRS))
-    return text("&".join(f"{name}={value or ''}" for name, value in pairs))
+    pairs = read_pairs(query, PAIRS)
+    return text("&".join(f"{name}={mask_value(name, value) or ''}" for name, value in pairs))
 
 
 def parse_data(data):
-    """Return the body of a request, sent as text or as JSON, as JSON where it can be read as such."""
+    """Return a request's body, sent as text or as JSON, as JSON where it can be read as such."""
     if not isinstance(data, str):
         return plain(data)
     if not data[:NAME_LENGTH].lstrip().startswith(("{", "[")):
@@ -865,7 +872,7 @@ SPOOL_FREE_BYTES = 64 * 1024 * 1024  # bytes of the disk that the spool leaves f
 INDEX_BATCH = 200  # errors that are added to the search index in one transaction
 DELETE_BATCH = 50  # expired errors that are deleted in one transaction
 PAGE_CHARACTERS = 600_000  # most characters of a page, of which JSON makes up to twelve bytes each
-DELIVERY_DAYS = 90  # days for which the counts of deliveries are kept
+DELIVERY_DAYS = 90  # days for which the counts of deliveries are kept apart by their time
 
 
 def in_microseconds(when):
@@ -1473,9 +1480,14 @@ def select_errors(connection, filters, limit, oldest_first=False):
     A page has at least a row, and ends where its text exceeds PAGE_CHARACTERS.
     """
     names = [f"errors.{name}" for name in COLUMNS]
+    return take_page(find_errors(connection, filters, names, limit + 1, oldest_first), limit)
+
+
+def take_page(cursor, limit):
+    """Return up to `limit` rows of a cursor, which has one more if it can, and True if it had more."""
     rows = []
     room = PAGE_CHARACTERS
-    with closing(find_errors(connection, filters, names, limit + 1, oldest_first)) as cursor:
+    with closing(cursor):
         for row in cursor:
             if len(rows) == limit or room < 0:
                 return rows, True
@@ -1485,11 +1497,13 @@ def select_errors(connection, filters, limit, oldest_first=False):
 
 
 def select_overview(connection, filters):
-    """Return (time of receipt, project, level) of the newest 10,000 errors that match."""
+    """Return time of receipt, project, level, release and environment of the newest 10,000 that match."""
     columns = (
         "errors.received_at",
-        "substr(errors.project_slug, 1, 200)",
-        "substr(errors.level, 1, 200)",
+        "substr(errors.project_slug, 1, 200) AS project",
+        "substr(errors.level, 1, 200) AS level",
+        "substr(errors.release, 1, 200) AS release",
+        "substr(errors.environment, 1, 200) AS environment",
     )
     return find_errors(connection, filters, columns, 10_000).fetchall()
 
@@ -1507,11 +1521,12 @@ ISSUE_CONDITIONS = {
 
 
 def select_issues(connection, filters, limit):
-    """Return up to `limit` issues with the title, culprit, level and category of their newest error.
+    """Return up to `limit` issues, and True if there are more, the most recently seen first.
 
-    The most recently seen come first; `before` is the id of a newest error.
+    Title, culprit, level and category are those of the newest error, of which `before` is an id.
     """
     source = "issues JOIN errors ON errors.id = issues.newest"
+    order = "issues.newest"
     conditions = ["TRUE"]
     match = match_expression({"q": filters.get("q", "")})
     if match:
@@ -1519,13 +1534,15 @@ def select_issues(connection, filters, limit):
             "errors_search CROSS JOIN issues ON issues.newest = errors_search.rowid "
             "JOIN errors ON errors.id = issues.newest"
         )
+        order = "errors_search.rowid"
         conditions = ["errors_search MATCH :match"]
     conditions += [sql for name, sql in ISSUE_CONDITIONS.items() if name in filters]
     sql = f"""SELECT issues.issue_id, issues.short_id, nullif(issues.server, '') AS server,
         issues.project_id, issues.project_slug, errors.title, errors.culprit, errors.level,
         errors.category, issues.count, issues.first_seen, issues.last_seen, issues.newest
-        FROM {source} WHERE {" AND ".join(conditions)} ORDER BY issues.newest DESC LIMIT :limit"""
-    return connection.execute(sql, filters | {"match": match, "limit": limit}).fetchall()
+        FROM {source} WHERE {" AND ".join(conditions)} ORDER BY {order} DESC LIMIT :limit"""
+    cursor = connection.execute(sql, filters | {"match": match, "limit": limit + 1})
+    return take_page(cursor, limit)
 
 
 def select_occurrences(connection, row):
@@ -1552,13 +1569,6 @@ def select_extent(connection):
     """Return the oldest and the newest error's id, None where there is none."""
     sql = "SELECT (SELECT min(id) FROM errors), (SELECT max(id) FROM errors)"
     return list(connection.execute(sql).fetchone())
-
-
-def select_neighbours(connection, id_):
-    """Return the ids of the next newer and the next older error, None where there is none."""
-    sql = """SELECT (SELECT min(id) FROM errors WHERE id > :id),
-        (SELECT max(id) FROM errors WHERE id < :id)"""
-    return tuple(connection.execute(sql, {"id": id_}).fetchone())
 
 
 def count_errors(connection):
@@ -1647,6 +1657,16 @@ def select_deliveries(connection):
     starts = {"hour": now(hours=1), "day": now(days=1)}
     starts = {name: period_of(at) for name, at in starts.items()} | {"today": now()[:10]}
     return [dict(row) for row in connection.execute(sql, starts)]
+
+
+def add_up_old_counts(connection):
+    """Add up the counts of more than DELIVERY_DAYS ago, so that the sums never fall."""
+    limit = (now(days=DELIVERY_DAYS),)
+    sql = """INSERT INTO deliveries SELECT '', outcome, reason, sum(count), max(last_at)
+        FROM deliveries WHERE period < ? GROUP BY outcome, reason
+        ON CONFLICT DO UPDATE SET count = excluded.count, last_at = excluded.last_at"""
+    connection.execute(sql, limit)
+    connection.execute("DELETE FROM deliveries WHERE period BETWEEN '0' AND ?", limit)
 
 
 # The spool
@@ -1914,21 +1934,61 @@ def restore(database, file):
 # Presentation: one function for each shape that goes out
 # --------------------------------------------------------------------------------------------------
 
-TEXT_LENGTH = 8000  # characters of a text form at the most
-URL_LENGTH = 300  # characters of a URL in it
+TEXT_LENGTH = 8000  # most characters of a text form
+NOTE_LENGTH = 1000  # characters of it that are kept for what it says of what was left out
+URL_LENGTH = 300  # most characters of a URL in it; of a longer one the path is shown
+SHARES = 2600, 1400, 700, 300  # characters that a section of each rank gets before any gets more
+SOURCE_LINES = 3  # source lines around the one that failed
+LONG_LINE = 100  # characters of a source line above which its column is told, too
+LINE_SHOWN = 160  # most characters of a source line in a text form
+VARIABLES_SHOWN = 1000  # characters of variables after which the others are left out
+OPEN_FRAMES = 15  # frames of a trace that its page shows without being asked, the newest ones
+INNERMOST = "caused by (innermost)"  # role of the exception that was raised first
+CUT = "\ue000"  # stands for what a line of a text form lost; no text of an error may have it
+HIDDEN_CATEGORIES = "Cc", "Cf", "Cn", "Co", "Cs", "Zl", "Zp"  # Unicode's, of what has no picture
+# Letters and marks without a picture: Unicode's Default_Ignorable ones, and the blank of Braille.
+BLANKS = re.compile(
+    "[\u034f\u115f\u1160\u17b4\u17b5\u180b-\u180f\u2800\u3164\ufe00-\ufe0f\uffa0\U000e0100-\U000e01ef]"
+)
 ANSI = re.compile(
     r"\x1b(?:\[[0-?]*[ -/]*[@-~]|\][^\x07\x1b]*(?:\x07|\x1b\\)?|[PX^_][^\x1b]*(?:\x1b\\)?|.)",
     re.DOTALL,
 )
-# Control characters but tab and line feed, and those that reorder or hide text.
-UNSEEN = re.compile(
-    "[\0-\x08\x0b-\x1f\x7f-\x9f\u061c\u200b\u200e\u200f\u2028-\u202e\u2060-\u206f\ufeff\ufff9-\ufffb\U000e0000-\U000e007f]"
+# What a script or an emoji needs: a joiner between two of its characters, a selector after a sign.
+NEEDED = re.compile(
+    "(?<=[\u0600-\u1cff\u2190-\u2bff\ufe0f\U0001f000-\U0001faff])[\u200c\u200d]"
+    "(?=[\u0600-\u1cff\u2190-\u2bff\U0001f000-\U0001faff])"
+    "|\U0001f3f4[\U000e0030-\U000e007a]{3,6}\U000e007f"
+    "|(?<=[#*0-9\xa9\xae\u203c\u2049\u2122-\u3299\U0001f000-\U0001faff])[\ufe0e\ufe0f]"
 )
+BAR_SECONDS = (
+    60, 300, 600, 1800, 3600, 3 * 3600, 6 * 3600, 12 * 3600, 86400, 2 * 86400, 7 * 86400,
+    28 * 86400, 91 * 86400, 364 * 86400, 3640 * 86400,
+)  # fmt: skip
 
 
 def as_json(value):
     """Return a value as a line of JSON, ASCII so that no terminal obeys it."""
     return json.dumps(value) + "\n"
+
+
+def as_words(value):
+    """Return text as it is, and any other JSON value as JSON."""
+    if isinstance(value, str):
+        return value
+    return json.dumps(value, ensure_ascii=False)
+
+
+def pretty(value):
+    """Return text as it is, and any other JSON value as JSON over several lines."""
+    if isinstance(value, str):
+        return value
+    return json.dumps(value, ensure_ascii=False, indent=2)
+
+
+def joined(*values):
+    """Return the values that are not empty, with a blank between them."""
+    return " ".join(str(value) for value in values if value)
 
 
 def summary(row, base=""):
@@ -1941,138 +2001,411 @@ def detail(row, body, occurrences, base=""):
     return summary(row, base) | parse_detail(load(body)) | {"occurrences": occurrences}
 
 
+def issue(row, base=""):
+    """Return an issue; `base` is what the addresses here begin with."""
+    query = {"issue": row["issue_id"]}
+    if row["server"]:
+        query["server"] = row["server"]
+    return dict(row) | {"url": f"{base}/errors?{urlencode(query)}"}
+
+
+def entry_id(error):
+    """Return the id of an error in a feed, which stays the same under any address."""
+    names = f"{error['id']} {error['received_at']} {error['event_id']} {error['issue_id']}"
+    return f"urn:uuid:{uuid.uuid5(uuid.NAMESPACE_OID, names)}"
+
+
+# What is hidden in text
+
+
+def hidden_characters(value):
+    """Return the set of a text's characters that nobody sees, or that move or reorder others."""
+    if value.isprintable() and value.isascii():
+        return set()
+    hidden = set()
+    for character in set(value):
+        is_hidden = unicodedata.category(character) in HIDDEN_CATEGORIES
+        if is_hidden or BLANKS.match(character):
+            hidden.add(character)
+    return hidden - {"\n", "\t"}
+
+
+def without_hidden(value):
+    """Return text without escape sequences and hidden characters."""
+    value = ANSI.sub("", value)
+    signs = {}
+    for character in hidden_characters(value):
+        signs[ord(character)] = " " if character.isspace() else ""
+    return value.translate(signs)
+
+
+def visible(value, length=2000):
+    """Return a value as HTML of at most `length` characters, with a sign for each hidden one.
+
+    What Arabic, Indic scripts and emoji need of hidden characters stays.
+    """
+    shown = cut(as_words(value), length).replace("\r\n", "\n")
+    hidden = hidden_characters(shown)
+    shown = str(escape(shown))
+    if hidden:
+        needed = set()
+        for match in NEEDED.finditer(shown):
+            needed.update(range(*match.span()))
+        parts = []
+        for index, character in enumerate(shown):
+            is_marked = character in hidden and index not in needed
+            sign = f'<b class="unseen">U+{ord(character):04X}</b>' if is_marked else character
+            parts.append(sign)
+        shown = "".join(parts)
+    return Markup(shown)
+
+
+def flat(value, length=200):
+    """Return a value as one line of at most `length` characters, without hidden ones."""
+    words = as_words(value)
+    read = words[: 8 * length]
+    line = " ".join(without_hidden(read).split())
+    if len(words) > len(read):
+        line += CUT
+    return shorten(line, length)
+
+
+def shorten(line, length):
+    """Return a line of a text form, of at most `length` characters."""
+    if len(line) <= length:
+        return line
+    return line[: length - 1] + CUT
+
+
+# Traces
+
+
+def no_trace(error):
+    """Return the sentence that says why an error has no stack trace."""
+    kinds = {"csp": "a report of a browser about a forbidden source"}
+    category = error["category"] or "error"
+    if category != "error":
+        kind = kinds.get(category, f"an issue of the category {category[:40]}")
+        return f"There is no stack trace: this is {kind}."
+    if error["resource"] == "issue":
+        words = "There is no stack trace: an issue webhook never has one, error webhooks and issue"
+        return f"{words} alerts do."
+    return "There is no stack trace: the SDK that reported this sent none."
+
+
+def chain_of(error, parsed):
+    """Return the exceptions with a `role` each: the main one, what caused it, what wraps it.
+
+    An event without exceptions gives one that has its stacktrace, if there is anything to show.
+    """
+    exceptions = parsed["exceptions"]
+    if not exceptions:
+        only = {"type": error["exception_type"], "value": error["exception_value"]}
+        only |= {"module": None, "mechanism": None, "main": True, "frames": parsed["stacktrace"]}
+        is_empty = not any(only[key] for key in ("type", "value", "frames"))
+        return [] if is_empty else [only | {"role": "exception"}]
+    main = [exception["main"] for exception in exceptions].index(True)
+    chain = [exceptions[main] | {"role": "exception"}]
+    for exception in reversed(exceptions[:main]):
+        chain.append(exception | {"role": "caused by"})
+    if main:
+        chain[-1]["role"] = INNERMOST
+    for exception in exceptions[main + 1 :]:
+        chain.append(exception | {"role": "wrapped in"})
+    return chain
+
+
+def is_close(exception):
+    """Return True for the main exception and for the innermost cause, which are shown closely."""
+    return exception["role"] in ("exception", INNERMOST)
+
+
+def own_frame(frames):
+    """Return the last frame of the application's own code, else the last frame."""
+    own = [frame for frame in frames if frame["in_app"]]
+    return (own or frames)[-1]
+
+
+def says_cut(frame):
+    """Return True for a frame that stands for older ones, which were cut when they were read."""
+    is_bare = frame["lineno"] is None and not frame["filename"]
+    return is_bare and (frame["function"] or "").startswith(REST)
+
+
 def fold(frames, marked=False):
-    """Return runs of frames as (is library code, frames); the crash counts as own, and all where none is marked."""
-    runs, marked = [], marked or any(frame["in_app"] for frame in frames)
+    """Return runs of frames as (True for library code, frames).
+
+    The crash is shown as own code is, and all frames are where none is marked.
+    """
+    marked = marked or any(frame["in_app"] for frame in frames)
+    runs = []
     for frame in frames:
-        library = bool(marked and not frame["in_app"] and frame is not frames[-1])
-        if not runs or runs[-1][0] != library:
-            runs.append((library, []))
+        is_library = marked and not frame["in_app"] and frame is not frames[-1]
+        if frame is frames[0] and says_cut(frame):
+            is_library = False
+        if not runs or runs[-1][0] != is_library:
+            runs.append((is_library, []))
         runs[-1][1].append(frame)
     return runs
 
 
+def last_part(path):
+    """Return the last part of a path of any system."""
+    return re.split(r"[/\\]", path)[-1] or path
+
+
+def qualified(frame):
+    """Return the function of a frame, with its class or module where the file does not say it."""
+    function = frame["function"] or "?"
+    module = frame["module"] or ""
+    file = frame["filename"] or frame["abs_path"] or ""
+    path = re.sub(r"[.:\\]+", "/", module)
+    is_said = path in re.sub(r"[.:\\]+", "/", file) or function.startswith(module)
+    if is_said or module.startswith(("<", "__main__")):
+        return function
+    return f"{module}.{function}"
+
+
 def place(frame):
     """Return where a frame is, in the words of a Python traceback."""
-    file = frame["filename"] or frame["abs_path"] or frame["module"] or "?"
-    line = "" if frame["lineno"] is None else f", line {frame['lineno']}"
-    return f'File "{file}"{line}, in {frame["function"] or "?"}'
+    if says_cut(frame):
+        return f"[{frame['function']}]"
+    file = frame["filename"] or frame["abs_path"]
+    package = frame["package"] and last_part(frame["package"])
+    parts = [f'File "{file or package or frame["module"] or "?"}"']
+    if frame["lineno"]:
+        parts.append(f"line {frame['lineno']}")
+    line = frame["context_line"] or ""
+    is_minified = len(line) > LONG_LINE or "{snip}" in line
+    if frame["colno"] and (is_minified or not line.strip()):
+        parts.append(f"column {frame['colno']}")
+    function = qualified(frame)
+    if not file and not package:
+        function = frame["function"] or "?"  # the module stands for the file
+    parts.append(f"in {function}")
+    if package and file:
+        parts.append(f"package {package}")
+    if package and frame["instruction_addr"]:
+        parts.append(f"address {frame['instruction_addr']}")
+    return ", ".join(parts)
 
 
-def flat(value, length):
-    """Return text on one line of at most `length` characters, nothing in it that a terminal would obey."""
-    return cut(" ".join(UNSEEN.sub("", ANSI.sub("", str(value))).split()), length)
+def source_lines(frame):
+    """Return a frame's source lines as (number or None, text, True where it failed)."""
+    if frame["context_line"] is None:
+        return []
+    before = frame["pre_context"] or []
+    lines = [*before, frame["context_line"], *(frame["post_context"] or [])]
+    first_number = frame["lineno"] and frame["lineno"] - len(before)
+    numbered = []
+    for index, line in enumerate(lines):
+        number = first_number + index if first_number is not None else None
+        numbered.append((number, line, index == len(before)))
+    return numbered
 
 
-def joined(*values):
-    return " ".join(str(value) for value in values if value)
+def source_line(line, column=None):
+    """Return a source line for a text form, its indentation kept; of a long one the part at `column`."""
+    line = line.expandtabs(4)
+    start = 0
+    if len(line) > LINE_SHOWN and column and column < len(line):
+        start = max(column - LINE_SHOWN // 2, 0)
+    words = line[start:].lstrip()
+    indentation = min(len(line) - start - len(words), 40)
+    return (CUT if start else " " * indentation) + flat(words, LINE_SHOWN)
 
 
-def trace_lines(frames):
-    """Return the lines of a stacktrace, the oldest call first, runs of library frames folded."""
-    for library, run in fold(frames):
-        if library:
-            yield f"[{len(run)} library frame{'s'[: len(run) > 1]}]"
-        for frame in [] if library else run:
-            yield flat(place(frame), 300)
-            line = flat(frame["context_line"] or "", 200)
-            if line:
-                yield f"  {line}"
-
-
-def chain_lines(exceptions):
-    """Return a line for each exception, the inner cause first, with the place where it was raised."""
-    for found in exceptions:
-        at = f"[{flat(place(found['frames'][-1]), 200)}]" if found["frames"] else ""
-        yield joined(flat(f"{found['type'] or '?'}: {found['value'] or ''}", 400), at)
-
-
-def error_text(row, body, occurrences, url):
-    """Return an error as text for a terminal or an agent, the most useful part first, TEXT_LENGTH characters at most.
-
-    Only lines of ours start at the margin; the error's own words stand behind a key there, or indented.
-    """
-    found = parse_detail(load(body))
-    http, crumbs = found["request"] or {}, found["breadcrumbs"]
-    for crumb in crumbs:
-        crumb["data"] = crumb["data"] and json.dumps(crumb["data"], ensure_ascii=False)
-    values = {"error": row["id"]} | {
-        key: row[key] for key in ("title", "level", "culprit", "environment", "release")
-    }
-    values |= {
-        "project": row["project_slug"] or row["project_name"] or row["project_id"],
-        "issue": joined(row["short_id"], row["issue_id"]),
-        "event": row["event_id"],
-        "happened": row["timestamp"],
-        "received": row["received_at"],
-        "message": None
-        if row["message"] in (row["title"], row["exception_value"])
-        else row["message"],
-        **{key: row[key] for key in ("platform", "logger", "rule", "permalink")},
-        "url": url,
-    }
-    lengths = {"title": 500, "message": 1000, "permalink": 300, "url": URL_LENGTH}
-    head = {key: flat(value, lengths.get(key, 150)) for key, value in values.items() if value}
-    words = ("timestamp", "category", "level", "message", "data")
-    sections = {
-        "stacktrace (oldest call first)": list(trace_lines(found["stacktrace"])),
-        "exceptions (inner cause first)": list(chain_lines(found["exceptions"])),
-        "tags": [flat(f"{key} = {value}", 200) for key, value in found["tags"].items()],
-        "request": [flat(joined(http.get("method"), http.get("url")), 500)] if http else [],
-        "breadcrumbs (newest last)": [
-            flat(joined(*(crumb[word] for word in words)), 250) for crumb in crumbs
-        ],
-    }
-    shown = "".join(f"{key}: {value}\n" for key, value in head.items())
-    return shown + fit(
-        sections, TEXT_LENGTH - len(shown) - 300 - 2 * URL_LENGTH, cut(url, URL_LENGTH)
+def closely(frame):
+    """Yield the lines of the frame that matters most: its source, and its variables by use."""
+    around = source_lines(frame)
+    crash = [is_crash for _, _, is_crash in around].index(True) if around else 0
+    for number, line, is_crash in around[max(crash - SOURCE_LINES, 0) : crash + SOURCE_LINES + 1]:
+        mark = ">" if is_crash else " "
+        shown = source_line(line, frame["colno"] if is_crash else None)
+        yield f"{mark} {number or '':>5} | {shown}".rstrip()
+    variables = frame["vars"] or {}
+    read = " ".join(line for _, line, _ in around)
+    used = set(re.findall(r"\w+", frame["context_line"] or ""))
+    near = set(re.findall(r"\w+", read))
+    names = sorted(
+        variables, key=lambda name: (name not in used, name not in near, name.startswith("__"))
     )
-
-
-def fit(sections, room, url):
-    """Return as much of sections of lines as there is room for, and what had to be left out."""
-    parts, left_out = [], []
-    for name, lines in sections.items():
-        ends_best = "(" in name  # what is cut goes from the top where the end matters most
-        kept, budget = [], min(room - len(name) - 3, TEXT_LENGTH // 2)
-        for line in lines[::-1] if ends_best else lines:
-            budget -= len(line) + 3
-            if budget < 0:
-                break
-            kept.append(f"  {line}\n")
-        if kept:
-            parts.append(f"\n{name}:\n" + "".join(kept[::-1] if ends_best else kept))
-            room -= len(parts[-1])
-        if len(kept) < len(lines):
-            left_out.append(f"{len(lines) - len(kept)} lines of {name.split(' (')[0]}")
-    left_out.append("ends of long values, source context and the rest of the payload")
-    return (
-        "".join(parts) + f"\nleft out: {', '.join(left_out)}: {url}?format=json and {url}/payload\n"
-    )
-
-
-def errors_text(rows, more):
-    """Return a list as text, an error a line, TEXT_LENGTH characters at most; `more` is the URL of the rest or None."""
-    more = more if len(more or "") <= 10 * URL_LENGTH else "see the Link header"
-    lines, room = [], TEXT_LENGTH - 200 - len(more or "")
-    for row in rows:
-        about = joined(
-            row["received_at"], row["level"], row["project_slug"], row["title"], row["culprit"]
-        )
-        lines.append(f"#{row['id']} {flat(about, 300)}\n")
-        room -= len(lines[-1])
+    room = VARIABLES_SHOWN
+    for index, name in enumerate(names):
+        line = f"  {flat(name, 60)} = {flat(variables[name], 300)}"
+        room -= len(line)
         if room < 0:
-            lines[-1] = (
-                f"left out: {len(rows) - len(lines) + 1} more of this page; ask for fewer with limit=\n"
-            )
+            yield f"  {len(names) - index} more variables{CUT}"
             break
-    return "".join(lines) + (f"next: {more}\n" if more else "") or "no errors\n"
+        yield line
 
 
-def visible(value, length=2000):
-    """Return text as HTML: escaped, cut, and a sign in place of each character that would hide or reorder others."""
-    shown = str(escape(cut(str(value), length)))
-    return Markup(UNSEEN.sub(lambda found: f'<b class="unseen">U+{ord(found[0]):04X}</b>', shown))
+def trace_lines(exception, marked):
+    """Yield the lines of an exception's trace, the oldest call first, library frames folded."""
+    frames = exception["frames"]
+    for is_library, run in fold(frames, marked):
+        if is_library:
+            yield f"[{len(run)} library frame{'s' if len(run) > 1 else ''}]"
+            continue
+        for frame in run:
+            yield flat(place(frame), 300)
+            if is_close(exception) and frame is own_frame(frames):
+                yield from closely(frame)
+            elif frame["context_line"]:
+                yield "    " + source_line(frame["context_line"], frame["colno"]).strip()
+
+
+def has_more(chain):
+    """Return True if frames have source lines or variables that the text form does not show."""
+    for exception in chain:
+        shown = own_frame(exception["frames"]) if exception["frames"] else None
+        for frame in exception["frames"]:
+            is_shown = frame is shown and is_close(exception)
+            if not is_shown and (frame["vars"] or frame["pre_context"]):
+                return True
+    return False
+
+
+# Text forms
+
+
+def error_page(error, body):
+    """Return what the text form and the page of an error show of it.
+
+    `error` has the keys of a summary and `occurrences`, `body` is the delivery (bytes).
+    """
+    parsed = parse_detail(load(body))
+    chain = chain_of(error, parsed)
+    marked = any(frame["in_app"] for exception in chain for frame in exception["frames"])
+    return {"error": error | parsed, "chain": chain, "marked": marked, "why": no_trace(error)}
+
+
+def error_text(error, body, url):
+    """Return an error as text for a terminal or an agent, the most useful part first.
+
+    The template puts nothing of the error's own text at the margin, and `flat` lets none of it begin
+    a line.
+    """
+    page = error_page(error, body)
+    words = render_template("error.txt", **page, url=url)
+    left_out = []
+    if has_more(page["chain"]):
+        left_out.append("source lines and variables of other frames")
+    return fit(words, url, left_out)
+
+
+def fit(words, url, left_out):
+    """Return a text form, a head and sections, cut to TEXT_LENGTH, which says what was left out."""
+    head, *sections = words.strip("\n").split("\n\n")
+    sections = [section.split("\n") for section in sections]
+    shown = [head]
+    missing = []
+    for lines, room in zip(sections, share_out(sections, len(head)), strict=True):
+        kept = cut_section(lines, room)
+        if len(kept) < len(lines):
+            name = lines[0].partition(" (")[0].rstrip(":")
+            missing.append(f"{len(lines) - len(kept)} lines of {name}")
+        if len(kept) > 1:
+            shown.append("\n".join(kept))
+    text_form = "\n\n".join(shown)
+    left_out = missing[:6] + left_out
+    if len(missing) > 6:
+        left_out.append("more sections")
+    if CUT in text_form:
+        left_out.append("ends of long values (…)")
+    if left_out:
+        whole = f"{url}?format=json and {url}/payload"
+        text_form += f"\n\nleft out: {', '.join(left_out)}; whole: {whole}"
+    return text_form.replace(CUT, "…") + "\n"
+
+
+def rank(name):
+    """Return how late a section gets more than its share of the room: 0 for the main exception."""
+    if name.startswith("exception"):
+        return 0
+    if name.startswith(INNERMOST):
+        return 1
+    if name.startswith(("caused by", "wrapped in")):
+        return 3
+    return 2
+
+
+def share_out(sections, taken):
+    """Return the characters that each section of lines may have, `taken` being those of the head."""
+    room = TEXT_LENGTH - NOTE_LENGTH - taken
+    given = [0] * len(sections)
+    ranks = [rank(lines[0]) for lines in sections]
+    for shares in (SHARES, [TEXT_LENGTH] * len(SHARES)):
+        for index in sorted(range(len(sections)), key=ranks.__getitem__):
+            size = sum(len(line) + 1 for line in sections[index]) + 1
+            more = min(size, shares[ranks[index]]) - given[index]
+            more = max(min(more, room), 0)
+            given[index] += more
+            room -= more
+    return given
+
+
+def cut_section(lines, room):
+    """Return the lines of a section that there is room for.
+
+    A trace keeps its first two lines and its end, breadcrumbs their end, other sections their beginning.
+    """
+    is_trace = rank(lines[0]) != 2
+    first_lines = lines[: 2 if is_trace else 1]
+    others = lines[len(first_lines) :]
+    ends_best = is_trace or lines[0].startswith("breadcrumbs")
+    if ends_best:
+        others.reverse()
+    room -= sum(len(line) + 1 for line in first_lines) + 1
+    if room < 0:
+        return []
+    kept = []
+    for line in others:
+        room -= len(line) + 1
+        if room < 0:
+            break
+        kept.append(line)
+    if ends_best:
+        kept.reverse()
+    return first_lines + kept
+
+
+def list_text(lines, next_url, nothing):
+    """Return a list as text, a line each, TEXT_LENGTH characters at most.
+
+    `next_url` is the address of the next page or None, `nothing` stands for an empty list.
+    """
+    if next_url and len(next_url) > 10 * URL_LENGTH:
+        next_url = "see the Link header"
+    room = TEXT_LENGTH - 200 - len(next_url or "")
+    shown = []
+    for line in lines:
+        room -= len(line) + 1
+        if room < 0:
+            missing = len(lines) - len(shown)
+            shown.append(f"left out: {missing} more of this page; ask for fewer with limit=")
+            break
+        shown.append(line)
+    if next_url:
+        shown.append(f"next: {next_url}")
+    return "\n".join(shown or [nothing]).replace(CUT, "…") + "\n"
+
+
+def error_line(row):
+    """Return the line of an error in a list."""
+    told = (row["received_at"], row["level"], row["project_slug"], row["title"], row["culprit"])
+    return f"#{row['id']} {flat(joined(*told), 300)}"
+
+
+def issue_line(row):
+    """Return the line of an issue in a list; its number is that of its newest error."""
+    name = row["short_id"] or row["issue_id"]
+    seen = f"{row['count']} times, last {row['last_seen']}"
+    told = (name, row["level"], row["project_slug"], row["title"], row["culprit"])
+    return f"#{row['newest']} {seen}: {flat(joined(*told), 300)}"
+
+
+# Pages
 
 
 def ago(value):
@@ -2080,7 +2413,8 @@ def ago(value):
     seconds = (datetime.now(UTC) - datetime.fromisoformat(value)).total_seconds()
     for unit, size in (("d", 86400), ("h", 3600), ("min", 60)):
         if abs(seconds) >= size:
-            return f"{abs(seconds) // size:.0f} {unit} {'ago' if seconds > 0 else 'ahead'}"
+            direction = "ago" if seconds > 0 else "ahead"
+            return f"{abs(seconds) // size:.0f} {unit} {direction}"
     return "just now"
 
 
@@ -2089,34 +2423,51 @@ def web_link(value):
     return value if re.match(r"https?://[^\s]+$", value or "", re.IGNORECASE) else None
 
 
-def source_lines(frame):
-    """Return a frame's source lines as (number or None, text, whether it crashed there)."""
-    before, after, number = frame["pre_context"] or [], frame["post_context"] or [], frame["lineno"]
-    lines = [] if frame["context_line"] is None else [*before, frame["context_line"], *after]
-    return [
-        (None if number is None else number - len(before) + index, line, index == len(before))
-        for index, line in enumerate(lines)
-    ]
+def bytes_size(number):
+    """Return a number of bytes as a person reads it."""
+    for unit in ("bytes", "kB", "MB"):
+        if number < 1000:
+            return f"{number:.3g} {unit}"
+        number /= 1000
+    return f"{number:,.3g} GB"
 
 
 def chart(times, bars=40):
-    """Return a bar chart of ISO 8601 times as bars of (share of the highest, count, start), None without times."""
+    """Return a bar chart of ISO 8601 times in UTC, None without times.
+
+    `width` is that of a bar in seconds, whole minutes, hours or days. The `bars`, which end with the
+    newest time, are dicts of an index, a count, its share of the highest, and the period.
+    """
     if not times:
         return None
     stamps = [datetime.fromisoformat(value).timestamp() for value in times]
-    newest = max(stamps)
-    width = max((newest - min(stamps)) / (bars - 1), 1)
-    counts = Counter(bars - 1 - int((newest - stamp) / width) for stamp in stamps)
-    starts = [datetime.fromtimestamp(newest - (bars - index) * width, UTC) for index in range(bars)]
+    span = max(stamps) - min(stamps)
+    width = next((size for size in BAR_SECONDS if span / size < bars - 1), span + 1)
+    first_bar = int(max(stamps) // width) - bars + 1
+    counts = Counter(int(stamp // width) - first_bar for stamp in stamps)
     most = max(counts.values())
-    shown = [
-        (counts[index] / most, counts[index], f"{start:%Y-%m-%d %H:%M:%S}")
-        for index, start in enumerate(starts)
-    ]
-    return {"bars": shown, "most": most}
+    drawn = []
+    for index in range(bars):
+        start = datetime.fromtimestamp((first_bar + index) * width, UTC)
+        end = start + timedelta(seconds=width, microseconds=-1)
+        bar = {"index": index, "since": in_microseconds(start), "until": in_microseconds(end)}
+        drawn.append(bar | {"count": counts[index], "share": counts[index] / most})
+    return {"bars": drawn, "most": most, "width": width}
 
 
-PAGE_FILTERS = (visible, ago, web_link, source_lines, fold)
+def duration(seconds):
+    """Return the width of a bar of the chart in words."""
+    for unit, size in (("day", 86400), ("hour", 3600), ("minute", 60)):
+        if seconds >= size:
+            number = round(seconds / size)
+            return unit if number == 1 else f"{number:,} {unit}s"
+    return f"{seconds} seconds"
+
+
+PAGE_FILTERS = (
+    visible, flat, shorten, pretty, ago, web_link, bytes_size, duration, source_lines, fold, own_frame, trace_lines,
+    qualified, last_part, entry_id, is_close,
+)  # fmt: skip
 
 
 # --------------------------------------------------------------------------------------------------
@@ -2130,6 +2481,7 @@ FORMS = {
     "html": "text/html",
     "text": "text/plain",
     "ndjson": "application/x-ndjson",
+    "atom": "application/atom+xml",
 }
 FILTERS = (*FACETS, "event", "since", "until", "q")
 LEVELS = "fatal", "error", "warning", "info", "debug", "sample"  # levels that Sentry knows
@@ -2442,7 +2794,7 @@ def start_clock():
 @web.before_request
 def guard_reading():
     """Let only those read who know API_TOKEN and name a trusted host, where these are set."""
-    if request.endpoint in ("web.receive_webhook", "web.show_health"):
+    if request.endpoint in ("web.receive_webhook", "web.show_health", "web.show_robots"):
         return
     settings = collector().settings
     hosts = settings["TRUSTED_HOSTS"]
@@ -2500,14 +2852,32 @@ def whole_link(path):
 
 
 def choose_form(*forms):
-    """Return the form to reply in: what ?format= says, else what the Accept header prefers, else the first."""
+    """Return the form to reply in: what ?format= says, else what the Accept header prefers.
+
+    The first of `forms` is replied in where the client does not say; earlier ones are preferred to
+    later ones that it names alike.
+    """
     asked = request.args.get("format")
     if asked and asked not in forms:
         abort(400, f"format={ascii(asked[:40])} is unknown here; use one of {', '.join(forms)}.")
-    if asked:
-        return asked
-    types = {FORMS[form]: form for form in forms}
-    return types[request.accept_mimetypes.best_match(types, FORMS[forms[0]])]
+    return asked or max(forms, key=preference)
+
+
+def preference(form):
+    """Return how much the client prefers a form: the quality, and how exactly Accept names it."""
+    types = {FORMS[form], "text/markdown"} if form == "text" else {FORMS[form]}
+    group = FORMS[form].partition("/")[0] + "/*"
+    accepted = [(0, 0)]
+    for media_range, quality in request.accept_mimetypes:
+        name = media_range.partition(";")[0].strip().lower()
+        if name in types:
+            accepted.append((3, quality))
+        elif name == group:
+            accepted.append((2, quality))
+        elif name == "*/*":
+            accepted.append((1, quality))
+    exactness, quality = max(accepted)
+    return quality, exactness
 
 
 def read_query(*names):
@@ -2584,60 +2954,67 @@ def reader(filters):
     return connection, narrow(connection, filters)
 
 
-def answer(form, state, render, links=None):
+def answer(form, state, render, next_page=None):
     """Reply in a form with what `render` returns, or with 304 to a client that has it.
 
     `state` is what tells the reply from others of the same address and form.
     """
-    address = [request.headers.get("Host"), request.scheme, request.full_path]
-    parts = as_json([STAMP, collector().settings["PUBLIC_URL"], form, *address, *state])
+    address = [request.headers.get("Host"), request.scheme, link(request.full_path)]
+    parts = as_json([STAMP, form, *address, *state])
     etag = hashlib.sha256(parts.encode()).hexdigest()[:32]
     if request.if_none_match.contains_weak(etag):
         response = Response(status=304)
     else:
         response = Response(render(), mimetype=FORMS[form])
     response.set_etag(etag)
-    if links:
-        response.headers["Link"] = links
+    if next_page:
+        response.headers["Link"] = f'<{next_page}>; rel="next"'
     return response
 
 
 # Reading
 
+ERROR_QUERY = (*FILTERS, "limit", "before", "after", "format", "refresh")  # parameters of /errors
+ISSUE_FILTERS = "q", "project", "level", "category", "server", "issue", "since", "until"
+LIST_FIELDS = ("q", *FACETS, "event", "since", "until")  # of the form of filters
+PAGE_ROWS = 50  # rows of a page or a feed
+FREE_STEP = 64 * 1024 * 1024  # bytes in whose multiples the free space of the disk is told
+FACETS_SHOWN = "project", "level", "release", "environment"  # filters whose values a list counts
 
-def freshness(connection):
-    """Return what a page changes with that shows neighbours, and how long ago things were."""
-    return [*select_extent(connection), int(time.time() // 60)]
+
+def minute():
+    """Return what a page changes with that says how long ago things were."""
+    return int(time.time() // 60)
 
 
-@web.get("/errors/latest/")
 @web.get("/errors/latest")
 def show_latest():
     """Show the newest error in full."""
-    form = choose_form("json", "html", "text")
+    form = choose_form("json", "text", "html")
     query = read_query(*FILTERS, "format", "refresh")
     refresh = read_number(query, "refresh", 5, 3600)
     filters = read_filters(query)
     connection, narrowed = reader(filters)
     rows, _ = select_errors(connection, narrowed, 1)
     if rows:
-        return show(connection, rows[0], form, refresh)
+        within = {name: value for name, value in query.items() if name in FILTERS}
+        return show(connection, rows[0], form, within, refresh)
     if filters:
         abort(404, "No error matches; /errors lists those there are.")
     return abort(404, "No error has come in yet; see / for how.")
 
 
-@web.get("/errors/<int:id_>/")
 @web.get("/errors/<int:id_>")
 def show_error(id_):
-    """Show one error in full."""
-    form = choose_form("json", "html", "text")
-    read_query("format")
-    connection = collector().database.reader()
-    return show(connection, find_row(connection, id_), form)
+    """Show one error in full; `within` is the query of the list whose neighbours its page shows."""
+    form = choose_form("json", "text", "html")
+    query = read_query("format", "within")
+    within = dict(parse_qsl(query.get("within", ""), max_num_fields=100))
+    within = {name: clean(value) for name, value in within.items() if name in FILTERS}
+    connection, _ = reader(read_filters(within))
+    return show(connection, find_row(connection, id_), form, within)
 
 
-@web.get("/errors/<int:id_>/payload/")
 @web.get("/errors/<int:id_>/payload")
 def show_payload(id_):
     """Show a delivery as it was received, byte for byte."""
@@ -2656,7 +3033,7 @@ def find_row(connection, id_):
 
 
 def find_body(connection, row):
-    """Return the body of a row's delivery (bytes); abort with 404 if it was deleted since the row was read."""
+    """Return the body of a row's delivery (bytes); abort with 404 if it was deleted meanwhile."""
     body = select_body(connection, row["id"])
     if body is None:
         abort_missing(row["id"])
@@ -2668,124 +3045,165 @@ def abort_missing(id_):
     abort(404, f"There is no error {str(id_)[:20]}; /errors lists those there are.")
 
 
-def show(connection, row, form, refresh=None):
-    """Reply with one error in full."""
-    occurrences = select_occurrences(connection, row)
-    url = whole_link(f"/errors/{row['id']}")
+def show(connection, row, form, within, refresh=None):
+    """Reply with one error in full; `within` are the filters of the list that its page stays in."""
+    error = summary(row, link("")) | {"occurrences": select_occurrences(connection, row)}
+    state = [error]
+    if form == "html":
+        page = neighbours(connection, row, within) | {"refresh": refresh, "latest_url": None}
+        if request.path.startswith("/errors/latest"):
+            turned = None if refresh else 30
+            page["latest_url"] = list_link(within, "/errors/latest", refresh=turned)
+        state += [page, minute()]
 
     def render():
         body = find_body(connection, row)
         if form == "json":
-            return as_json(detail(row, body, occurrences, link("")))
+            return as_json(detail(row, body, error["occurrences"], link("")))
         if form == "text":
-            return error_text(row, body, occurrences, url)
-        page = error_page(connection, row, body)
-        return render_template("detail.html", refresh=refresh, **page)
+            url = whole_link(f"/errors/{row['id']}")
+            return error_text(error, body, url if len(url) <= URL_LENGTH else error["url"])
+        return render_template("detail.html", **error_page(error, body), **page)
 
-    state = [dict(row), occurrences]
-    if form == "html":
-        state += freshness(connection)
     return answer(form, state, render)
 
 
-def error_page(connection, row, body):
-    """Return what the page of an error shows."""
-    parsed = parse_detail(load(body))
-    newer, older = select_neighbours(connection, row["id"])
-    siblings = []
+def neighbours(connection, row, within):
+    """Return what the page of an error shows of others: the next ones in a list, and its issue's."""
+    filters = narrow(connection, read_filters(within))
+    newer = find_errors(
+        connection, filters | {"after": row["id"]}, ["errors.id"], 1, oldest_first=True
+    ).fetchone()
+    older = find_errors(connection, filters | {"before": row["id"]}, ["errors.id"], 1).fetchone()
+    page = {
+        "within": within,
+        "newer": newer and error_link(newer["id"], within),
+        "older": older and error_link(older["id"], within),
+        "siblings": [],
+        "issue_url": None,
+    }
     if row["issue_id"]:
         same = {"issue": row["issue_id"]}
         if row["server"]:
             same["server"] = row["server"]
-        siblings, _ = select_errors(connection, same, 11)
-    chain = parsed["exceptions"][::-1]  # the one that gave the title first, then what caused it
-    has_frames = any(exception["frames"] for exception in chain)
-    if parsed["stacktrace"] and not has_frames:
-        chain = [{**(chain[0] if chain else {}), "frames": parsed["stacktrace"]}, *chain[1:]]
-    return {
-        "error": summary(row, link("")) | parsed,
-        "chain": chain,
-        "marked": any(frame["in_app"] for exception in chain for frame in exception["frames"]),
-        "newer": newer,
-        "older": older,
-        "siblings": [summary(other, link("")) for other in siblings if other["id"] != row["id"]],
-    }
+        rows, _ = select_errors(connection, same, 11)
+        page["siblings"] = [list_item(other, same) for other in rows if other["id"] != row["id"]]
+        page["issue_url"] = list_link(same)
+    return page
 
 
-@web.get("/errors/")
+def error_link(id_, within):
+    """Return the address of an error's page, which stays within the list with such filters."""
+    path = f"/errors/{id_}"
+    if within:
+        path += "?" + urlencode({"within": urlencode(within)})
+    return link(path)
+
+
+def list_item(row, within):
+    """Return an error for a table on a page, `within` being the filters of its list."""
+    return summary(row) | {"url": error_link(row["id"], within)}
+
+
 @web.get("/errors")
 def list_errors():
-    """List errors: a page of summaries or, as NDJSON, all of them in full."""
-    form = choose_form("json", "html", "text", "ndjson")
-    query = read_query(*FILTERS, "limit", "before", "after", "format", "refresh")
+    """List errors: a page of summaries, a feed or, as NDJSON, all of them in full."""
+    form = choose_form("json", "text", "html", "ndjson", "atom")
+    query = read_query(*ERROR_QUERY)
     limit = read_number(query, "limit", 1, 1000)
+    read_number(query, "refresh", 5, 3600)
     filters = read_filters(query)
     connection, narrowed = reader(filters)
-    oldest_first = "after" in filters
     if form == "ndjson":
         state = select_extent(connection)
-        if (
-            "since" in filters or "until" in filters
-        ):  # what is in a period changes by the clock alone
-            state = [now()]
+        if "since" in filters or "until" in filters:
+            state = [now()]  # what is in a period changes by the clock alone
         return answer(form, state, lambda: export(collector().database, narrowed, limit, link("")))
-    limit = limit or (50 if form == "html" else 100)
+    limit = limit or (PAGE_ROWS if form in ("html", "atom") else 100)
+    if form == "atom":
+        limit = min(limit, PAGE_ROWS)
+    oldest_first = "after" in filters
     rows, has_more = select_errors(connection, narrowed, limit, oldest_first)
     next_page = None
     if has_more:
         direction = "after" if oldest_first else "before"
         next_page = list_link(query, **{direction: rows[-1]["id"]})
-    state = [[dict(row) for row in rows], has_more]
+    errors = [summary(row, link("")) for row in rows]
+    state = [errors, has_more]
     if form == "html":
-        state += freshness(connection)
+        page = list_page(connection, query, narrowed, rows, has_more)
+        state = [page, minute()]
 
     def render():
         if form == "json":
-            return as_json([summary(row, link("")) for row in rows])
+            return as_json(errors)
         if form == "text":
-            return errors_text(
-                rows, next_page and whole_link("") + next_page.removeprefix(link(""))
-            )
-        page = list_page(connection, query, narrowed, rows, has_more)
-        return render_template("list.html", **page)
+            next_url = next_page and whole_link(next_page.removeprefix(link("")))
+            return list_text([error_line(row) for row in rows], next_url, "no errors")
+        if form == "atom":
+            return feed(query, errors)
+        return render_template("list.html", page_url=list_link, **page)
 
-    return answer(form, state, render, next_page and f'<{next_page}>; rel="next"')
+    return answer(form, state, render, next_page)
 
 
-def list_link(query, **changes):
-    """Return the address of /errors for a query with changes, None taking a parameter out."""
+def feed(query, errors):
+    """Return errors as an Atom feed."""
+    updated = errors[0]["received_at"] if errors else "1970-01-01T00:00:00Z"
+    page = list_link(query, format=None).removeprefix(link(""))
+    feed_path = list_link(query, format="atom").removeprefix(link(""))
+    words = render_template(
+        "feed.xml",
+        errors=errors,
+        updated=updated,
+        root=whole_link("/errors/"),
+        feed_url=whole_link(feed_path),
+        page_url=whole_link(page),
+    )
+    return words.replace(CUT, "…")
+
+
+def list_link(query, path="/errors", **changes):
+    """Return the address of a list for a query with changes, None taking a parameter out."""
     changed = query | changes
     parameters = urlencode({name: value for name, value in changed.items() if value is not None})
-    return link("/errors") + (f"?{parameters}" if parameters else "")
+    return link(path) + (f"?{parameters}" if parameters else "")
+
+
+def without(query, *names):
+    """Return a query without some of its parameters."""
+    return {name: value for name, value in query.items() if name not in names}
 
 
 def list_page(connection, query, filters, rows, has_more):
-    """Return what the page of a list shows; its chart and counts are of the newest 10,000 errors that match."""
+    """Return what the page of a list shows; its chart and counts are of the newest 10,000 that match."""
     oldest_first = "after" in filters
-    plain_query = {name: value for name, value in query.items() if name not in ("before", "after")}
     has_newer = "before" in filters
     has_older = has_more
     if oldest_first:
         rows = rows[::-1]
         has_newer = has_more
         has_older = True
-    paging = ("before", "after")
-    wide = {name: value for name, value in filters.items() if name not in paging}
-    seen = select_overview(connection, wide)
+    plain_query = without(query, "before", "after")
+    within = {name: value for name, value in query.items() if name in FILTERS}
+    seen = select_overview(connection, without(filters, "before", "after"))
+    facets = {}
+    for name in FACETS_SHOWN:
+        facets[name] = count_values(name, [row[name] for row in seen], plain_query)
+    bars = chart([row["received_at"] for row in seen])
+    for bar in bars["bars"] if bars else []:
+        bar["url"] = list_link(plain_query, since=bar["since"], until=bar["until"])
     return {
-        "errors": [summary(row, link("")) for row in rows],
+        "errors": [list_item(row, within) for row in rows],
         "query": query,
+        "fields": LIST_FIELDS,
         "refresh": query.get("refresh"),
-        "filtered": bool(wide),
+        "filtered": bool(within),
         "newer": list_link(plain_query, after=rows[0]["id"]) if rows and has_newer else None,
         "older": list_link(plain_query, before=rows[-1]["id"]) if rows and has_older else None,
-        "chart": chart([at for at, _, _ in seen]),
+        "chart": bars,
         "seen": len(seen),
-        "facets": {
-            "project": count_values("project", [project for _, project, _ in seen], plain_query),
-            "level": count_values("level", [level for _, _, level in seen], plain_query),
-        },
-        "page_url": list_link,
+        "facets": facets,
     }
 
 
@@ -2803,17 +3221,63 @@ def export(database, filters, limit, base):
     left = limit or math.inf
     has_more = True
     while has_more and left > 0:
-        rows, has_more = select_errors(
-            database.reader(), filters, int(min(left, 100)), oldest_first
-        )
+        count = int(min(left, 100))
+        rows, has_more = select_errors(database.reader(), filters, count, oldest_first)
+        counted = {}  # occurrences by issue, of this read only
         for row in rows:
             connection = database.reader()
             body = select_body(connection, row["id"])
-            if body is not None:  # None: deleted meanwhile
-                yield as_json(detail(row, body, select_occurrences(connection, row), base))
+            if body is None:  # deleted meanwhile
+                continue
+            key = (row["issue_id"], row["server"])
+            if key not in counted:
+                counted[key] = select_occurrences(connection, row)
+            yield as_json(detail(row, body, counted[key], base))
         left -= len(rows)
         if rows:
             filters = filters | {"after" if oldest_first else "before": rows[-1]["id"]}
+
+
+@web.get("/issues")
+def list_issues():
+    """List issues, the most recently seen first."""
+    form = choose_form("json", "text", "html")
+    query = read_query(*ISSUE_FILTERS, "limit", "before", "format", "refresh")
+    limit = read_number(query, "limit", 1, 1000) or (PAGE_ROWS if form == "html" else 100)
+    refresh = read_number(query, "refresh", 5, 3600)
+    filters = read_filters(query)
+    if "event" in filters:  # which q becomes where it is an event id
+        filters["q"] = filters.pop("event")
+    database = collector().database
+    if "q" in filters:
+        complete_index(database)
+    rows, has_more = select_issues(database.reader(), filters, limit)
+    issues = [issue(row, link("")) for row in rows]
+    next_page = list_link(query, "/issues", before=rows[-1]["newest"]) if has_more else None
+    state = [issues, has_more]
+    if form == "html":
+        state.append(minute())
+
+    def render():
+        if form == "json":
+            return as_json(issues)
+        if form == "text":
+            next_url = next_page and whole_link(next_page.removeprefix(link("")))
+            return list_text([issue_line(row) for row in rows], next_url, "no issues")
+        for row in issues:
+            row["newest_url"] = error_link(row["newest"], {"issue": row["issue_id"]})
+        return render_template(
+            "issues.html",
+            issues=issues,
+            query=query,
+            fields=ISSUE_FILTERS,
+            filtered=any(name in query for name in ISSUE_FILTERS),
+            older=next_page,
+            refresh=refresh,
+            page_url=list_link,
+        )
+
+    return answer(form, state, render, next_page)
 
 
 def describe_state():
@@ -2824,8 +3288,10 @@ def describe_state():
         "newest": None,
         "oldest": None,
         "last_delivery_at": None,
+        "last_refusal": None,
         "deliveries": [],
         "database_bytes": None,
+        "free_bytes": free_bytes(shared.database.path),
         "problem": None,
     }
     try:
@@ -2836,14 +3302,36 @@ def describe_state():
         if newest:
             state["newest"] = summary(newest[0], link(""))
             state["oldest"] = summary(oldest[0], link(""))
-        state["deliveries"] = select_deliveries(connection)
-        times = [row["last_at"] for row in state["deliveries"]]
-        state["last_delivery_at"] = max(times, default=None)
+        state |= describe_deliveries(connection)
         state["database_bytes"] = database_bytes(connection)
     except (sqlite3.Error, OSError) as error:
         shared.database.close_connection()
         state["problem"] = f"The database cannot be read: {error}."
     return state
+
+
+def describe_deliveries(connection):
+    """Return the deliveries by outcome and reason, with the cure where there is one."""
+    deliveries = select_deliveries(connection)
+    for row in deliveries:
+        row["cure"] = CURES.get(row["reason"])
+    refused = [row for row in deliveries if row["outcome"] == "refused"]
+    return {
+        "deliveries": deliveries,
+        "last_delivery_at": max((row["last_at"] for row in deliveries), default=None),
+        "last_refusal": refused[0] if refused else None,
+    }
+
+
+def free_bytes(path):
+    """Return how many bytes are free on the disk of the database, or None if that is not known.
+
+    They are whole steps, so that the tag of a page does not change with each byte.
+    """
+    try:
+        return shutil.disk_usage(path.parent).free // FREE_STEP * FREE_STEP
+    except OSError:
+        return None
 
 
 def describe_config():
@@ -2873,9 +3361,12 @@ ABOUT = {
         "GET /errors/<id>": "one error, in full; format=json|html|text",
         "GET /errors/<id>/payload": "the delivery as it was received, byte for byte",
         "GET /errors": "summaries, newest first; filters as above, limit, before, after; "
-        "format= also ndjson, in full",
+        "format= also ndjson, in full, and atom, a feed",
+        "GET /issues": f"issues, the most recently seen first; {', '.join(ISSUE_FILTERS)}, limit, "
+        "before; format=json|html|text",
         "GET /": "this overview",
         "GET /config": "the configuration, without secrets",
+        "GET /metrics": "counts, in the text format of Prometheus",
         "GET /health": "200 if a row can be committed, else 503",
     },
 }
@@ -2885,6 +3376,31 @@ STEPS = (
     "For stack traces on every plan: Alert Rule Action on, the integration as an action of an alert "
     "rule, SENTRY_ACTIONS=created,triggered here. Then its Client Secret as SENTRY_CLIENT_SECRET here."
 )
+SECRET_CURE = "set SENTRY_CLIENT_SECRET to the Client Secret of the integration that sends"
+# What to do about deliveries that were refused, ignored or queued, by the reason they are counted under.
+CURES = {
+    "signature missing": "send through an internal integration; the legacy plugin cannot sign",
+    "signature wrong": SECRET_CURE,
+    "signature length": SECRET_CURE,
+    "white space in secret": "remove the white space around SENTRY_CLIENT_SECRET",
+    "quotes around secret": "remove the quotes around SENTRY_CLIENT_SECRET",
+    "body rewritten": "make the proxy in between pass the bytes on as they are",
+    "wrong address": "set the integration's Webhook URL to the address below",
+    "too large": "raise MAX_BODY_BYTES",
+    "cut short": "look at the proxy in between; it ends requests before they are whole",
+    "sent by a web page": "none is needed: only Sentry, or a program of yours, may post here",
+    "gzip": "make the proxy in between pass the bytes on as they are",
+    "byte order mark": "send JSON text without a byte order mark",
+    "not UTF-8": "send JSON text encoded as UTF-8",
+    "not JSON": "point only Sentry's webhooks here",
+    "no object": "point only Sentry's webhooks here",
+    "no delivery": "point only Sentry's webhooks here",
+    "disk": "free space on the disk; Sentry does not send these again",
+    "no error": "none is needed: these tell of no new error",
+    "action not accepted": "set SENTRY_ACTIONS=created,triggered to take issue alerts",
+    "database locked": "end the program that holds the database's lock; these are kept in the spool",
+    "database not writable": "see /health; these are kept in the spool",
+}
 
 
 @web.get("/")
@@ -2896,21 +3412,39 @@ def show_overview():
     if form == "json":
         return answer(form, [about], lambda: as_json(about))
     page = about | {"config": describe_config()}
-    state = [page, int(time.time() // 60)]
-    return answer(form, state, lambda: render_template("overview.html", **page))
+    return answer(form, [page, minute()], lambda: render_template("overview.html", **page))
 
 
-@web.get("/config/")
 @web.get("/config")
 def show_config():
     """Show the configuration, no secret in it, and how deliveries fare."""
     state = describe_state()
     config = describe_config() | {"spooled": state["counts"]["spooled"]}
-    config |= {name: state[name] for name in ("last_delivery_at", "deliveries", "problem")}
+    for name in ("oldest", "newest"):
+        error = state[name] or {"received_at": None}
+        config[f"{name}_error_at"] = error["received_at"]
+    for name in ("database_bytes", "free_bytes", "last_delivery_at", "last_refusal", "deliveries"):
+        config[name] = state[name]
+    config["problem"] = state["problem"]
     return answer("json", [config], lambda: as_json(config))
 
 
-@web.get("/health/")
+@web.get("/metrics")
+def show_metrics():
+    """Show counts in the text format of Prometheus."""
+    state = describe_state()
+    last = state["last_delivery_at"]
+    seconds = datetime.fromisoformat(last).timestamp() if last else None
+    words = render_template("metrics.txt", **state, last_delivery_seconds=seconds)
+    return Response(words, content_type="text/plain; version=0.0.4; charset=utf-8")
+
+
+@web.get("/robots.txt")
+def show_robots():
+    """Show crawlers that nothing here is for them."""
+    return Response("User-agent: *\nDisallow: /\n", mimetype=FORMS["text"])
+
+
 @web.get("/health")
 def show_health():
     """Show whether an error that comes in now would be committed."""
@@ -3429,6 +3963,7 @@ def create_app(config=None):
     start_log()
     settings = read_settings(config)
     app = Flask(__name__, static_folder=None)
+    app.url_map.strict_slashes = False
     app.url_map.merge_slashes = False  # it would redirect, which Sentry takes for success
     shared = Collector(settings)
     app.extensions["collector"] = shared

@@ -976,6 +976,26 @@ def test_a_secret_is_masked_wherever_its_name_stands(name):
     assert found["extra"] == {name: "[masked]", "a": 1}
 
 
+@pytest.mark.parametrize(
+    ("name", "value", "expected"),
+    [
+        (
+            "url",
+            "https://a.example.com/?b=1&token=hush",
+            "https://a.example.com/?b=1&token=[masked]",
+        ),
+        ("http.query", "token=hush&b=1", "token=[masked]&b=1"),
+        ("Referer", "https://a/#access_token=hush", "https://a/#access_token=[masked]"),
+        ("note", "token=hush", "token=hush"),
+        ("url", 5, 5),
+    ],
+)
+def test_a_url_is_shown_without_the_secrets_in_its_query(name, value, expected):
+    found = detail_of(extra={name: value}, request={"headers": {name: value}})
+    assert found["extra"] == {name: expected}
+    assert found["request"]["headers"] == {name: str(expected)}
+
+
 @pytest.mark.parametrize("name", PLAIN_NAMES)
 def test_what_is_no_secret_by_its_name_is_shown(name):
     assert detail_of(extra={name: "shown"})["extra"] == {name: "shown"}
