@@ -3323,17 +3323,6 @@ def describe_deliveries(connection):
     }
 
 
-def free_bytes(path):
-    """Return how many bytes are free on the disk of the database, or None if that is not known.
-
-    They are whole steps, so that the tag of a page does not change with each byte.
-    """
-    try:
-        return shutil.disk_usage(path.parent).free // FREE_STEP * FREE_STEP
-    except OSError:
-        return None
-
-
 def describe_config():
     """Return the settings without secrets, and what depends on the machine."""
     database = collector().database
