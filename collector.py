@@ -12,7 +12,6 @@ import logging
 import math
 import os
 import re
-import shutil
 import sqlite3
 import string
 import sys

@@ -2,6 +2,9 @@
 
 import os
 import socket
+import sys
+
+from gunicorn.arbiter import Arbiter
 
 import collector
 
@@ -46,7 +49,11 @@ def when_ready(server):
 def post_worker_init(worker):
     """Open the database in the worker, as the user who serves."""
     shared = worker.wsgi.extensions["collector"]
-    shared.start(worker.notify)
+    try:
+        shared.start(worker.notify)
+    except SystemExit as fault:
+        print(fault, file=sys.stderr, flush=True)
+        sys.exit(Arbiter.WORKER_BOOT_ERROR)  # which ends gunicorn
     worker.maintain = shared.maintain
 
 

@@ -171,6 +171,10 @@ class Client(socket.socket):
         del self.request.data[:size]
         return data
 
+    def send(self, data, *flags):
+        """Pass over gunicorn's own "100 Continue", for which it is too late. Returns the length."""
+        return len(data)
+
     def sendall(self, data):
         """Send data in parts, each of which the client has to take in PART_SECONDS."""
         view = memoryview(data)
@@ -358,15 +362,17 @@ class Worker(SyncWorker):
         """Serve until the worker is told to end, then what is here."""
         super().run()
         until = time.monotonic() + STOPPING_SECONDS
-        while time.monotonic() < until:
-            is_idle = True
+        has_more = True
+        while has_more and time.monotonic() < until:
+            has_accepted = False
             for listener in self.sockets:
                 with contextlib.suppress(OSError):
                     self.accept(listener)
-                    is_idle = False
-            if is_idle:
-                break
-        self.collect(0)
+                    has_accepted = True
+            has_more = has_accepted or any(
+                request.waits_since or request.is_young_post() for request in self.held
+            )
+            self.collect(0 if has_accepted else POLL_SECONDS)
 
     def handle_quit(self, sig, frame):
         """End as at SIGTERM, where gunicorn would exit in the middle of a request."""
