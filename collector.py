@@ -2520,12 +2520,10 @@ class Collector:
         self.deleted = 0  # expired errors since the last log line about them
 
     def start(self, notify=lambda: None):
-        """Check the folder and open the database in the process that serves.
+        """Open the database, in the process that serves.
 
-        `notify` tells gunicorn that the worker is alive while the schema is changed. Raises SystemExit
-        if the folder cannot be written.
+        `notify` tells gunicorn that the worker is alive while the schema is changed.
         """
-        check_folder(self.settings["DATABASE_URL"])
         self.database.notify = notify
         try:
             self.database.connection()

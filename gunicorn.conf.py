@@ -4,7 +4,7 @@ import os
 import socket
 import sys
 
-from gunicorn.arbiter import Arbiter
+from gunicorn.util import set_owner_process
 
 import collector
 
@@ -35,6 +35,23 @@ def on_starting(server):
         raise SystemExit(
             "certfile, proxy_protocol: this service speaks HTTP; put a proxy before it"
         )
+    check_folder(cfg)
+
+
+def check_folder(cfg):
+    """Make and check the data folder as the user who will serve; stop the start if that fails."""
+    child = os.fork()
+    if child == 0:
+        try:
+            set_owner_process(cfg.uid, cfg.gid, initgroups=cfg.initgroups)
+            collector.check_folder(settings["DATABASE_URL"])
+        except SystemExit as fault:
+            print(fault, file=sys.stderr, flush=True)
+            os._exit(1)
+        os._exit(0)
+    _, status = os.waitpid(child, 0)
+    if status:
+        sys.exit(1)
 
 
 def when_ready(server):
@@ -49,11 +66,7 @@ def when_ready(server):
 def post_worker_init(worker):
     """Open the database in the worker, as the user who serves."""
     shared = worker.wsgi.extensions["collector"]
-    try:
-        shared.start(worker.notify)
-    except SystemExit as fault:
-        print(fault, file=sys.stderr, flush=True)
-        sys.exit(Arbiter.WORKER_BOOT_ERROR)  # which ends gunicorn
+    shared.start(worker.notify)
     worker.maintain = shared.maintain
 
 
