@@ -1,6 +1,7 @@
 """Receive Sentry's webhooks, keep every new error, and give the latest one back."""
 
 import base64
+import codecs
 import errno
 import fcntl
 import hashlib
@@ -16,6 +17,8 @@ import string
 import sys
 import threading
 import time
+import unicodedata
+import uuid
 import zlib
 from collections import Counter, deque
 from concurrent.futures import ThreadPoolExecutor
@@ -23,7 +26,7 @@ from contextlib import closing, contextmanager, suppress
 from datetime import UTC, datetime, timedelta
 from itertools import islice
 from pathlib import Path
-from urllib.parse import urlencode
+from urllib.parse import parse_qsl, urlencode
 
 import click
 from dotenv import dotenv_values
@@ -40,112 +43,164 @@ log = logging.getLogger("collector")
 # Parsing: bytes and dicts in, dicts out; no Flask, no sqlite3, no clock
 # --------------------------------------------------------------------------------------------------
 
-COLUMN_LENGTH = (
-    8192  # characters of text kept in a column; Sentry cuts messages there, the payload stays whole
+# The most that is read of a payload, which itself stays whole, so that no delivery takes long.
+COLUMN_LENGTH = 8192  # characters of a text, where Sentry cuts messages, too
+NAME_LENGTH = 200  # characters of the name of a tag, a header or a variable
+LINE_LENGTH = 1024  # characters of a source line
+CONTEXT_LINES = 20  # source lines before a frame's own, and after it
+FRAMES = 250  # frames of an exception, the newest ones
+EVENT_FRAMES = 2500  # frames of all exceptions of an event
+EXCEPTIONS = 50  # exceptions of an event, the outermost ones
+VARIABLES = 50  # variables of a frame
+TAGS = 200  # tags of an event
+PAIRS = 100  # headers of a request, and parameters of its query
+CRUMBS = 20  # breadcrumbs of an event, the newest ones
+ITEMS = 200  # values of an object or of a list
+VALUES = 20_000  # values of one part of an event, such as its contexts, at any depth
+DEPTH = 6  # levels of nested objects and lists
+JSON_LENGTH = 100_000  # characters of a request's body, sent as JSON text, that are read as JSON
+SCANNED_ENTRIES = 100  # entries of a service hook's event, which has about ten
+SCANNED_OBJECTS = 10_000  # exceptions, threads or breadcrumbs, among which some are looked for
+
+REST = "…"  # the key under which an object says how much of it was cut
+MASK = "[masked]"  # what stands in the place of a secret
+
+# The names of values that are secrets, however their parts are joined.
+SECRET_NAME = re.compile(
+    r"authori[sz]ation|cookie|passw|passphrase|pwd|secret|token|credential|sess(?:ion|id)|[cx]srf"
+    r"|(?:api|auth|access|private|signing|encryption|ssh)[-_. ]?key|dsn$"
+    r"|(?<![a-z])(?:dsn|jwt|bearer|(?:pass|o?auth)$|pw(?![a-z]))",
+    re.IGNORECASE,
 )
-CRUMBS = 20
+# The names of values that are URLs or queries, which may have secrets among their parameters.
+LINK_NAME = re.compile(r"(?:ur[il]|query|query[-_]?string|referr?er|location)$", re.IGNORECASE)
+# A parameter of a query or a form, and a member of broken JSON: up to the value, the name in it.
+PARAMETER = re.compile(r"(?<![^?&;#])(([^?&;#=]{1,200})=)[^&;#]*")
+JSON_MEMBER = re.compile(r'("([^"\\]{1,200})"\s*:\s*)(?:"(?:[^"\\]|\\.)*"?|[^,}\]\s]+)')
 
 
 class Refused(Exception):
-    """Say that a delivery is not taken: the HTTP status, the reason it is counted under, the words for its sender."""
+    """A delivery is not taken.
+
+    `status` is the HTTP status, `reason` the name it is counted under, `words` are for its sender.
+    """
 
     def __init__(self, status, reason, words):
         super().__init__(words)
-        self.status, self.reason, self.words = status, reason, words
+        self.status = status
+        self.reason = reason
+        self.words = words
 
 
 def refuse_constant(name):
+    """Raise ValueError for NaN and Infinity, which Python's decoder would take."""
     raise ValueError(f"{name} is not JSON")
 
 
-# Made once, because json.loads makes one anew for each call with an option.
+# Made once, because json.loads makes one for each call that has an option.
 DECODER = json.JSONDecoder(parse_constant=refuse_constant)
+GZIP_START = b"\x1f\x8b"
+BYTE_ORDER_MARKS = (codecs.BOM_UTF8, codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE, codecs.BOM_UTF32_BE)
 
 
 def parse_body(body):
-    """Return the delivery, a dict, in `body` (bytes); raise Refused for anything else."""
+    """Return the delivery, a dict, in `body` (bytes). Raises Refused for anything else."""
+    if body.startswith(GZIP_START):
+        words = "The body is compressed with gzip; have it sent as it is, Sentry does not compress."
+        raise Refused(400, "gzip", words)
+    if body.startswith(BYTE_ORDER_MARKS):
+        words = "The body starts with a byte order mark; send JSON text encoded as UTF-8 without."
+        raise Refused(400, "byte order mark", words)
     try:
         # Decoded first, because json.loads would guess UTF-16 and UTF-32 from bytes.
         payload = DECODER.decode(body.decode("utf-8"))
     except UnicodeDecodeError:
-        raise Refused(
-            400, "not UTF-8", "The body is not UTF-8; send JSON text encoded as UTF-8."
-        ) from None
+        words = "The body is not UTF-8; send JSON text encoded as UTF-8."
+        raise Refused(400, "not UTF-8", words) from None
     except RecursionError:
-        raise Refused(
-            400, "not JSON", "The JSON is nested too deeply; send what Sentry sends."
-        ) from None
+        words = "The JSON is nested too deeply; send what Sentry sends."
+        raise Refused(400, "not JSON", words) from None
     except ValueError as error:
-        raise Refused(
-            400, "not JSON", f"The body is not JSON ({error}); send a JSON object."
-        ) from None
+        words = f"The body is not JSON ({error}); send a JSON object."
+        raise Refused(400, "not JSON", words) from None
     if not isinstance(payload, dict):
-        raise Refused(
-            400, "no object", "The JSON is not an object; send one with 'action' and 'data'."
-        )
+        words = "The JSON is not an object; send one with 'action' and 'data'."
+        raise Refused(400, "no object", words)
     if not text(payload.get("action")) and not isinstance(payload.get("event"), dict):
-        words = "The JSON has neither an 'action' nor a legacy 'event'; point only Sentry's webhooks here."
+        words = (
+            "The JSON has neither an 'action' nor a legacy 'event'; send only Sentry's webhooks."
+        )
         raise Refused(400, "no delivery", words)
     return payload
 
 
 def load(body):
-    """Return the JSON of a stored body, which parse_body has taken."""
+    """Return the payload in a stored body (bytes), which parse_body has taken."""
     try:
         return json.loads(body)
-    except RecursionError:  # nested as deeply as could be taken with a shorter stack than this
-        with ThreadPoolExecutor(1) as fresh:
-            return fresh.submit(json.loads, body).result()
+    except RecursionError:
+        # It is nested as deeply as the stack allowed when it was received. A new thread has a whole
+        # stack, of which any request has used up more.
+        with ThreadPoolExecutor(1) as executor:
+            return executor.submit(json.loads, body).result()
 
 
 def clean(value):
-    """Return text that SQLite and UTF-8 can hold: without lone surrogates and NUL."""
-    if not value.isascii():  # most text is, and the round trip takes time
+    """Return text that SQLite and UTF-8 can hold, without lone surrogates and NUL."""
+    if not value.isascii():  # Most text is, and the round trip takes time.
         value = value.encode("utf-8", "replace").decode("utf-8")
     return value.replace("\0", "\ufffd")
 
 
-def text(value):
-    """Return clean text for text that is not empty, else None."""
-    return clean(value) if isinstance(value, str) and value else None
+def cut(value, length):
+    """Return text of at most `length` characters, with an ellipsis where it lost some."""
+    if value is None or len(value) <= length:
+        return value
+    return value[: length - 1] + "…"
+
+
+def text(value, length=COLUMN_LENGTH):
+    """Return clean text of at most `length` characters for text that is not empty, else None."""
+    if not isinstance(value, str) or not value:
+        return None
+    if len(value) > length:
+        value = cut(value, length)
+    return clean(value)
 
 
 def integer(value):
-    """Return an integer that fits 64 bits, else None."""
+    """Return an integer that fits 64 bits, sent as such or as its digits, else None."""
+    if isinstance(value, str) and re.fullmatch("[0-9]{1,18}", value):
+        return int(value)
     return value if type(value) is int and -(2**63) <= value < 2**63 else None
 
 
 def identifier(value):
-    """Return an id, sent as text or as a number, as text, else None."""
-    return text(str(value) if type(value) is int else value)
+    """Return an id, sent as text or as an integer, as text, else None."""
+    if type(value) is int:
+        value = str(value)
+    return text(value)
+
+
+def parse_time(value):
+    """Return a time, sent as ISO 8601 or as seconds since 1970, as a datetime in UTC, else None."""
+    try:
+        if isinstance(value, str):
+            when = datetime.fromisoformat(value[:NAME_LENGTH])
+            if when.tzinfo is None:
+                return when.replace(tzinfo=UTC)
+            return when.astimezone(UTC)
+        if isinstance(value, bool):
+            return None
+        return datetime.fromtimestamp(value, UTC)
+    except (TypeError, ValueError, OverflowError, OSError):
+        return None
 
 
 def moment(value):
-    """Return a time, sent as ISO 8601 or as seconds since 1970, as ISO 8601 in UTC with Z, else None."""
-    try:
-        if isinstance(value, str):
-            when = datetime.fromisoformat(value)
-            when = when.astimezone(UTC) if when.tzinfo else when.replace(tzinfo=UTC)
-        else:
-            when = datetime.fromtimestamp(math.nan if isinstance(value, bool) else value, UTC)
-    except (TypeError, ValueError, OverflowError, OSError):
-        return None
-    return when.isoformat().replace("+00:00", "Z")
-
-
-def plain(value, depth=6):
-    """Return a copy of any JSON value that can be sent as JSON again, cut where it is nested deeper than `depth`."""
-    if isinstance(value, str):
-        return clean(value)
-    if isinstance(value, dict | list) and not depth:
-        return "…"
-    if isinstance(value, dict):
-        return {clean(key): plain(item, depth - 1) for key, item in value.items()}
-    if isinstance(value, list):
-        return [plain(item, depth - 1) for item in value]
-    if isinstance(value, float):
-        return value if math.isfinite(value) else None
-    return value if value is None or isinstance(value, bool) else integer(value)
+    """Return a time that parse_time understands as ISO 8601 in UTC with Z, else None."""
+    when = parse_time(value)
+    return when and when.isoformat().replace("+00:00", "Z")
 
 
 def first(values):
@@ -158,105 +213,246 @@ def as_dict(value):
     return value if isinstance(value, dict) else {}
 
 
+def as_list(value):
+    """Return a list as it is, and an empty one for anything else."""
+    return value if isinstance(value, list) else []
+
+
 def objects(value):
-    """Return the dicts in a list, or in the `values` of a dict."""
-    items = value.get("values") if isinstance(value, dict) else value
-    return [item for item in items if isinstance(item, dict)] if isinstance(items, list) else []
+    """Return the dicts among the last SCANNED_OBJECTS of a list, or of the `values` of a dict."""
+    if isinstance(value, dict):
+        value = value.get("values")
+    return [item for item in as_list(value)[-SCANNED_OBJECTS:] if isinstance(item, dict)]
+
+
+def is_secret(name):
+    """Return True if a value of this name is a secret."""
+    return SECRET_NAME.search(name) is not None
+
+
+def mask(match):
+    """Return a match of PARAMETER or JSON_MEMBER, without its value if that is a secret."""
+    return match[1] + MASK if is_secret(match[2]) else match[0]
+
+
+def mask_query(value):
+    """Return a query, or a URL with one, without the values of parameters that are secrets."""
+    return value and PARAMETER.sub(mask, value)
+
+
+def mask_value(name, value):
+    """Return a plain value of this name without secrets."""
+    if is_secret(name):
+        return MASK
+    if isinstance(value, str) and LINK_NAME.search(name):
+        return mask_query(value)
+    return value
+
+
+def new_room():
+    """Return how much may be read of one part of an event."""
+    return {"values": VALUES, "frames": EVENT_FRAMES}
+
+
+def take_room(room, kind, wanted):
+    """Return how many of the `wanted` values or frames may be read, and take them off the room."""
+    taken = min(wanted, room[kind])
+    room[kind] -= taken
+    return taken
+
+
+def plain(value, depth=DEPTH, room=None):
+    """Return a copy of any JSON value that can be sent as JSON again, without secrets.
+
+    It is cut, with a word that it was, where it is nested deeper than `depth`, or has more values
+    than there is `room` for. A number that other readers of JSON may not take is made text.
+    """
+    room = room or new_room()
+    if isinstance(value, str):
+        return clean(cut(value, COLUMN_LENGTH))
+    if isinstance(value, dict | list) and value and not depth:
+        return REST
+    if isinstance(value, dict):
+        return plain_object(value, depth - 1, room)
+    if isinstance(value, list):
+        return plain_list(value, depth - 1, room)
+    if value is None or isinstance(value, bool) or integer(value) is not None:
+        return value
+    if isinstance(value, float) and math.isfinite(value):
+        return value
+    return cut(str(value), COLUMN_LENGTH)
+
+
+def rest(number, what="more"):
+    """Return the word that stands for values that were cut."""
+    return f"… {number:,} {what} cut"
+
+
+def plain_object(value, depth, room, limit=ITEMS):
+    """Return a plain copy of a dict, of its first `limit` values at most."""
+    kept = take_room(room, "values", min(len(value), limit))
+    copy = {}
+    for key, item in islice(value.items(), kept):
+        name = clean(cut(key, NAME_LENGTH))
+        copy[name] = mask_value(name, plain(item, depth, room))
+    if len(value) > kept:
+        copy[REST] = rest(len(value) - kept)
+    return copy
+
+
+def plain_list(value, depth, room):
+    """Return a plain copy of a list, of its first ITEMS values at most."""
+    if len(value) == 2 and isinstance(value[0], str) and is_secret(value[0][:NAME_LENGTH]):
+        value = [value[0], MASK]  # a pair of a name and a value
+    kept = take_room(room, "values", min(len(value), ITEMS))
+    copy = [plain(item, depth, room) for item in value[:kept]]
+    if len(value) > kept:
+        copy.append(rest(len(value) - kept))
+    return copy
+
+
+def as_object(value, room=None, limit=ITEMS):
+    """Return a plain copy of a dict, and None for anything else."""
+    if not isinstance(value, dict):
+        return None
+    return plain_object(value, DEPTH - 1, room or new_room(), limit)
+
+
+def as_text(value, room=None):
+    """Return a value as text, JSON text where it is an object, a list or a boolean."""
+    value = plain(value, room=room)
+    if value is None or isinstance(value, str):
+        return value
+    return cut(json.dumps(value), COLUMN_LENGTH)
+
+
+def read_pairs(value, limit):
+    """Return the first `limit` names and values, text or None, of a list of them as pairs.
+
+    They are sent as pairs, as objects with `key` and `value`, or as one object.
+    """
+    if isinstance(value, dict):
+        items = islice(value.items(), limit)
+    else:
+        value = as_list(value)
+        items = value[:limit]
+    room = new_room()
+    pairs = []
+    for item in items:
+        pair = (item.get("key"), item.get("value")) if isinstance(item, dict) else item
+        if isinstance(pair, list | tuple) and len(pair) == 2 and isinstance(pair[0], str):
+            pairs.append((clean(cut(pair[0], NAME_LENGTH)), as_text(pair[1], room)))
+    if len(value) > limit:
+        pairs.append((REST, rest(len(value) - limit)))
+    return pairs
 
 
 def find_error(payload):
-    """Return where the parts of a delivery's error lie, dicts by name, or None if it holds no error."""
-    data, event, action = (
-        as_dict(payload.get("data")),
-        payload.get("event"),
-        text(payload.get("action")),
-    )
-    issue, project = as_dict(data.get("issue")), data.get("project")
-    project = {"slug": project} if isinstance(project, str) else as_dict(project)
+    """Return where the parts of a delivery's error lie, dicts by name, or None without an error."""
+    action = text(payload.get("action"))
+    data = as_dict(payload.get("data"))
+    issue = as_dict(data.get("issue"))
+    project = data.get("project")
+    if isinstance(project, str):
+        project = {"slug": project}
+    error = {"issue": issue, "project": as_dict(project), "data": data}
     for key, resource in (("error", "error"), ("event", "event_alert")):
         if isinstance(data.get(key), dict):
-            return {
-                "event": data[key],
-                "issue": issue,
-                "project": project,
-                "data": data,
-                "kind": {"resource": resource},
-            }
-    if isinstance(data.get("issue"), dict) and data.get("activity") is None and action == "created":
-        return {"event": {}, "issue": issue, "project": project, "kind": {"resource": "issue"}}
+            return error | {"event": data[key], "kind": {"resource": resource}}
+    if isinstance(data.get("issue"), dict) and data.get("activity") is None:
+        if action in ("created", "unresolved"):  # a new issue, or one that has come back
+            return error | {"event": {}, "kind": {"resource": "issue"}}
+        return None
+    event = payload.get("event")
     if action or payload.get("data") is not None or not isinstance(event, dict):
         return None
-    if isinstance(payload.get("group"), dict):  # a service hook
-        return {
-            "event": event,
-            "hook": event,
-            "issue": payload["group"],
-            "project": as_dict(payload.get("project")),
-        }
+    if isinstance(payload.get("group"), dict):
+        project = as_dict(payload.get("project"))
+        return {"event": event, "hook": event, "issue": payload["group"], "project": project}
     return {"event": event, "legacy": payload}
 
 
-def interface(event, name, old_name=None):
-    """Return one of an event's interfaces (exception, request ...), wherever this form of event keeps it, else None.
+# The interfaces of an event, and what follows "sentry.interfaces." in those of Sentry 8 and before.
+INTERFACES = {
+    "exception": "Exception", "threads": "Threads", "stacktrace": "Stacktrace", "user": "User",
+    "logentry": "Message", "request": "Http", "breadcrumbs": "Breadcrumbs", "csp": "Csp",
+}  # fmt: skip
 
-    Sentry 8 and before used `old_name`; service hooks send the API's form, with a list of entries.
-    """
-    entry = next(
-        (entry for entry in objects(event.get("entries")) if entry.get("type") == name), {}
-    )
-    found = (event.get(name), event.get(f"sentry.interfaces.{old_name}"), entry.get("data"))
-    return first(value for value in found if isinstance(value, dict | list))
+
+def places(event, name):
+    """Return what lies where the forms of an event keep an interface, the usual place first."""
+    found = [event.get(name), event.get(f"sentry.interfaces.{INTERFACES[name]}")]
+    # The event of a service hook has the API's form, with a list of entries.
+    entry_type = "message" if name == "logentry" else name
+    for entry in as_list(event.get("entries"))[:SCANNED_ENTRIES]:
+        if isinstance(entry, dict) and entry.get("type") == entry_type:
+            found.append(entry.get("data"))
+    return found
+
+
+def find_object(event, name):
+    """Return an event's interface that is one object, an empty dict without it."""
+    for place in places(event, name):
+        if isinstance(place, dict) and place:
+            return place
+    return {}
+
+
+def find_list(event, name):
+    """Return an event's interface that is a list of objects, an empty list without it."""
+    for place in places(event, name):
+        found = objects(place)
+        if found:
+            return found
+    return []
 
 
 def find_exceptions(event):
     """Return an event's exceptions as they were sent, the inner cause first."""
-    return objects(interface(event, "exception", "Exception")) or objects(event.get("exceptions"))
+    return find_list(event, "exception") or objects(event.get("exceptions"))
 
 
-def own_frames(value):
-    """Return the frames in the stacktrace of an exception, a thread or an event."""
-    return objects(as_dict(interface(value, "stacktrace", "Stacktrace")).get("frames"))
+def find_metadata(event, issue):
+    """Return what Sentry read of an event, or of its issue where the event has nothing."""
+    return as_dict(event.get("metadata")) or as_dict(issue.get("metadata"))
 
 
-def find_frames(event):
-    """Return the frames of the crash as they were sent, the oldest call first."""
-    threads = objects(interface(event, "threads"))
-    threads.sort(
-        key=lambda thread: (thread.get("crashed") is not True, thread.get("current") is not True)
-    )
-    return next(
-        filter(None, map(own_frames, [*reversed(find_exceptions(event)), *threads, event])), []
-    )
+def find_main(event, exceptions):
+    """Return the exception that Sentry names as the main one, else the outermost, {} without any.
 
-
-def parse_tag(value):
-    return (
-        value
-        if value is None
-        else clean(value)
-        if isinstance(value, str)
-        else json.dumps(plain(value))
-    )
+    It is named by an id, which is not its position in the list.
+    """
+    main_id = identifier(event.get("main_exception_id"))
+    if main_id is not None:
+        for exception in exceptions:
+            mechanism = as_dict(exception.get("mechanism"))
+            if identifier(mechanism.get("exception_id")) == main_id:
+                return exception
+    if exceptions:
+        return exceptions[-1]
+    return {}
 
 
 def parse_tags(event):
-    """Return an event's tags as one dict of text, sent as pairs, as objects with key and value, or as one object."""
-    tags = event.get("tags")
-    if isinstance(tags, list):
-        pairs = [
-            (tag.get("key"), tag.get("value")) if isinstance(tag, dict) else tag for tag in tags
-        ]
-    else:
-        pairs = [list(pair) for pair in as_dict(tags).items()]
-    pairs = [
-        pair
-        for pair in pairs
-        if isinstance(pair, list | tuple) and len(pair) == 2 and isinstance(pair[0], str)
-    ]
-    return {clean(key): parse_tag(value) for key, value in pairs}
+    """Return an event's tags as one dict of text."""
+    return dict(read_pairs(event.get("tags"), TAGS))
 
 
-# A column's value is the first of these that its parser makes something of: "part.key", see find_parts.
+def server_of(url):
+    """Return the server of a URL, which is its host and any unusual port, else None."""
+    pattern = r"https?://(?:[^/?#\s]*@)?([^/?#\s:@\\]+|\[[0-9a-f:.]+\])(:[0-9]{1,5})?(?:[/?#]|$)"
+    match = re.match(pattern, (text(url) or "").lower())
+    if match is None:
+        return None
+    host, port = match.groups()
+    host = cut(host, NAME_LENGTH)
+    if host == "sentry.io" or host.endswith(".sentry.io"):
+        return "sentry.io"  # Its regions and organisations differ in the host, never in the ids.
+    return host if port in (None, ":80", ":443") else host + port
+
+
+# A column's value is the first of these that its parser makes something of: "part.key", where the
+# parts are those of find_parts.
 FIELDS = {
     "timestamp": (
         moment,
@@ -264,81 +460,124 @@ FIELDS = {
         "issue.lastSeen issue.firstSeen",
     ),
     "event_id": (identifier, "event.event_id event.eventID event.id"),
-    "issue_id": (identifier, "event.issue_id links.issue issue.id legacy.id event.groupID"),
+    "issue_id": (identifier, "event.issue_id derived.issue_id issue.id legacy.id event.groupID"),
     "short_id": (text, "issue.shortId"),
-    "title": (text, "event.title issue.title metadata.title crash.summary legacy.message"),
+    "title": (
+        text,
+        "occurrence.issueTitle event.title issue.title metadata.title derived.summary "
+        "legacy.message",
+    ),
     "message": (
         text,
-        "event.message legacy.message logentry.formatted logentry.message crash.value metadata.value metadata.title "
-        "event.title issue.title crash.summary",
+        "event.message legacy.message logentry.formatted logentry.message occurrence.subtitle "
+        "feedback.message metadata.message crash.value metadata.value metadata.title "
+        "occurrence.issueTitle event.title issue.title derived.summary",
     ),
-    "culprit": (text, "event.culprit issue.culprit legacy.culprit"),
-    "level": (text, "event.level legacy.level tags.level issue.level"),
+    "culprit": (text, "event.culprit occurrence.culprit issue.culprit legacy.culprit"),
+    "level": (text, "event.level occurrence.level legacy.level tags.level issue.level"),
     "status": (text, "issue.status"),
     "platform": (text, "event.platform issue.platform"),
     "logger": (text, "event.logger issue.logger legacy.logger tags.logger"),
     "environment": (text, "event.environment tags.environment"),
     "release": (text, "event.release release.version tags.release tags.sentry:release"),
-    "project_id": (identifier, "links.project issue_project.id event.projectID project.id"),
+    "project_id": (identifier, "derived.project_id issue_project.id event.projectID project.id"),
     "project_slug": (
         text,
-        "issue_project.slug legacy.project_slug legacy.project project.slug links.project_slug",
+        "issue_project.slug legacy.project_slug legacy.project project.slug derived.project_slug",
     ),
     "project_name": (text, "issue_project.name legacy.project_name project.name"),
-    "exception_type": (text, "crash.type metadata.type"),
-    "exception_value": (text, "crash.value metadata.value"),
+    "exception_type": (text, "crash.type cause.type"),
+    "exception_value": (text, "crash.value cause.value"),
     "permalink": (text, "event.web_url hook.url issue.web_url issue.permalink legacy.url"),
-    "rule": (text, "data.triggered_rule links.rule"),
+    "rule": (text, "data.triggered_rule derived.rule"),
+    "server": (
+        server_of,
+        "event.web_url issue.web_url issue.permalink legacy.url hook.url event.url issue.url "
+        "event.issue_url",
+    ),
+    "category": (text, "derived.category"),
 }
 FIELDS = {
-    key: (parse, [path.split(".", 1) for path in paths.split()])
-    for key, (parse, paths) in FIELDS.items()
+    column: (parse, [path.split(".", 1) for path in paths.split()])
+    for column, (parse, paths) in FIELDS.items()
 }
+# The categories of occurrences by the thousands of their type's number.
+OCCURRENCES = {
+    1: "performance", 2: "profile", 4: "cron", 5: "replay", 6: "feedback", 7: "uptime", 8: "metric",
+}  # fmt: skip
+# The types of events that are no errors, which are their categories, too.
+EVENT_TYPES = ("csp", "hpkp", "expectct", "expectstaple", "nel", "feedback")
 
 
 def search_url(pattern, *urls):
     """Return what `pattern` finds in the first of the URLs that has it, else None."""
-    found = (re.search(pattern, url) for url in urls if isinstance(url, str))
-    return next((match[1] for match in found if match), None)
+    for url in urls:
+        match = re.search(pattern, text(url) or "")
+        if match:
+            return match[1]
+    return None
+
+
+def find_category(event, issue, occurrence):
+    """Return what kind of issue it is: error, performance, cron and so on."""
+    sent = text(issue.get("issueCategory"), NAME_LENGTH)
+    if sent:
+        return sent.lower()
+    occurrence_type = integer(occurrence.get("type"))
+    if occurrence_type is not None and occurrence_type // 1000 in OCCURRENCES:
+        return OCCURRENCES[occurrence_type // 1000]
+    return event["type"] if event.get("type") in EVENT_TYPES else "error"
 
 
 def find_parts(error):
-    """Return the parts of an error (see find_error) with those that must be looked for: what FIELDS draws on."""
-    event, issue = error["event"], as_dict(error.get("issue"))
-    metadata = as_dict(event.get("metadata")) or as_dict(issue.get("metadata"))
-    exceptions, project = find_exceptions(event), event.get("project")
-    crash = exceptions[-1] if exceptions else {}
-    named = [text(crash.get(key)) or text(metadata.get(key)) for key in ("type", "value")]
-    rules = as_dict(error.get("legacy")).get("triggering_rules")
-    return error | {
-        "metadata": metadata,
-        "crash": crash | {"summary": ": ".join(filter(None, named))},
+    """Return the parts of an error (see find_error) with those that must be looked for."""
+    event = error["event"]
+    issue = as_dict(error.get("issue"))
+    parts = error | {
+        "metadata": find_metadata(event, issue),
+        "crash": find_main(event, find_exceptions(event)),
         "tags": parse_tags(event),
-        "logentry": as_dict(interface(event, "logentry", "Message")),
+        "logentry": find_object(event, "logentry"),
+        "occurrence": as_dict(event.get("occurrence")),
+        "feedback": as_dict(as_dict(event.get("contexts")).get("feedback")),
         "release": as_dict(event.get("release")),
         "issue_project": as_dict(issue.get("project")),
-        "links": {
-            "issue": search_url(r"/issues/(\d+)", event.get("issue_url"), event.get("web_url")),
-            "project": project
-            if (identifier(project) or "").isdecimal()
-            else None,  # other forms have a slug there
-            "project_slug": search_url(r"/api/0/projects/[^/]+/([^/]+)/events/", event.get("url")),
-            "rule": rules[0] if isinstance(rules, list) and rules else None,
-        },
+    }
+    # The metadata of an occurrence, such as a slow query, is that of no exception.
+    if not parts["occurrence"]:
+        parts["cause"] = parts["metadata"]
+    return parts | {"derived": derive(event, issue, parts)}
+
+
+def derive(event, issue, parts):
+    """Return the values that no part of an error holds as they are."""
+    project_id = identifier(event.get("project"))
+    if not re.fullmatch("[0-9]+", project_id or ""):
+        project_id = None  # Other forms of events have a slug there.
+    summary = (pick(parts, *FIELDS["exception_type"]), pick(parts, *FIELDS["exception_value"]))
+    rules = as_list(as_dict(parts.get("legacy")).get("triggering_rules"))
+    return {
+        "issue_id": search_url("/issues/([0-9]+)", event.get("issue_url"), event.get("web_url")),
+        "project_id": project_id,
+        "project_slug": search_url("/api/0/projects/[^/]+/([^/]+)/events/", event.get("url")),
+        "summary": ": ".join(filter(None, summary)),
+        "rule": first(rules[:1]),
+        "category": find_category(event, issue, parts["occurrence"]),
     }
 
 
 def pick(parts, parse, paths):
     """Return the first value at the paths that `parse` makes something of, else None."""
     for part, key in paths:
-        value = parse(parts[part].get(key)) if part in parts else None
-        if value is not None:
-            return value
+        if part in parts:
+            value = parse(parts[part].get(key))
+            if value is not None:
+                return value
     return None
 
 
 def parse_error(payload, resource, received_at):
-    """Return the row of a delivery's error but for its payload columns, or None if it holds no error.
+    """Return the row of a delivery's error but for its payload columns, or None without an error.
 
     `resource` is the Sentry-Hook-Resource header or None, `received_at` an ISO 8601 time.
     """
@@ -346,89 +585,262 @@ def parse_error(payload, resource, received_at):
     if error is None:
         return None
     parts = find_parts(error)
-    row = {"received_at": received_at, "timestamp": None}
-    row |= {
-        "resource": text(resource) or as_dict(error.get("kind")).get("resource"),
-        "action": text(payload.get("action")),
-    }
+    kind = as_dict(error.get("kind"))
+    row = {"received_at": received_at}
+    row["resource"] = text(resource) or kind.get("resource")
+    row["action"] = text(payload.get("action"))
     for column, (parse, paths) in FIELDS.items():
         row[column] = pick(parts, parse, paths)
     row["timestamp"] = row["timestamp"] or received_at
-    row |= {"server": server_of(row["permalink"]), "category": "error"}
-    return {key: cut(value, COLUMN_LENGTH) for key, value in row.items()}
+    return row
 
 
-def cut(value, length):
-    """Return text of at most `length` characters, with an ellipsis where it lost some."""
-    return value if value is None or len(value) <= length else value[: length - 1] + "…"
+def parse_line(value):
+    """Return a source line as clean text, which is empty for anything else than text."""
+    return text(value, LINE_LENGTH) or ""
 
 
-def parse_lines(lines):
-    return (
-        [clean(line) if isinstance(line, str) else "" for line in lines]
-        if isinstance(lines, list)
-        else None
-    )
+def parse_lines(lines, last=False):
+    """Return the first CONTEXT_LINES of a list of source lines, or the last ones, else None."""
+    if not isinstance(lines, list):
+        return None
+    number = len(lines) - CONTEXT_LINES
+    if number <= 0:
+        return [parse_line(value) for value in lines]
+    if last:
+        return [rest(number), *map(parse_line, lines[-CONTEXT_LINES:])]
+    return [*map(parse_line, lines[:CONTEXT_LINES]), rest(number)]
 
 
-def parse_frame(frame):
-    """Return a frame in the shape that goes out; service hooks send the API's spelling."""
-    in_app, line = first((frame.get("in_app"), frame.get("inApp"))), frame.get("context_line")
+def find_lines(frame, number):
+    """Return a frame's source lines as the dict of the keys that a service hook has no names for.
+
+    It sends pairs of a line's number and its text, and `number` is that of the frame's own line.
+    """
+    pairs = as_list(frame.get("context"))[:ITEMS]
+    if number is None or not pairs:
+        return frame
+    lines = {"pre_context": [], "context_line": None, "post_context": []}
+    for pair in pairs:
+        if not isinstance(pair, list) or len(pair) != 2 or type(pair[0]) is not int:
+            continue
+        if pair[0] < number:
+            lines["pre_context"].append(pair[1])
+        elif pair[0] > number:
+            lines["post_context"].append(pair[1])
+        else:
+            lines["context_line"] = pair[1]
+    return lines
+
+
+def parse_frame(frame, room):
+    """Return a frame in the shape that goes out, whichever spelling it has."""
+    get = frame.get
+    number = first((integer(get("lineno")), integer(get("lineNo"))))
+    lines = find_lines(frame, number)
+    own_line = lines.get("context_line")
+    in_app = first((get("in_app"), get("inApp")))
+    address = first((get("instruction_addr"), get("instructionAddr")))
     return {
-        "filename": text(frame.get("filename")),
-        "abs_path": text(frame.get("abs_path")) or text(frame.get("absPath")),
-        "module": text(frame.get("module")),
-        "function": text(frame.get("function")),
-        "lineno": first((integer(frame.get("lineno")), integer(frame.get("lineNo")))),
-        "colno": first((integer(frame.get("colno")), integer(frame.get("colNo")))),
+        "filename": text(get("filename")),
+        "abs_path": text(get("abs_path")) or text(get("absPath")),
+        "module": text(get("module")),
+        "function": text(get("function")),
+        "lineno": number,
+        "colno": first((integer(get("colno")), integer(get("colNo")))),
         "in_app": in_app if isinstance(in_app, bool) else None,
-        "pre_context": parse_lines(frame.get("pre_context")),
-        "context_line": clean(line) if isinstance(line, str) else None,
-        "post_context": parse_lines(frame.get("post_context")),
+        "pre_context": parse_lines(lines.get("pre_context"), last=True),
+        "context_line": parse_line(own_line) if isinstance(own_line, str) else None,
+        "post_context": parse_lines(lines.get("post_context")),
+        "package": text(get("package")),
+        "instruction_addr": identifier(address),
+        "vars": as_object(get("vars"), room, VARIABLES),
     }
 
 
-def parse_exception(exception):
-    """Return an exception in the shape that goes out, and its own frames for those who show the whole chain."""
+def parse_frames(holder, room):
+    """Return the frames of an exception, a thread or an event, the oldest call first.
+
+    They are read from the newest on, to which the room goes. The first one says if some were cut.
+    """
+    sent = []
+    for place in places(holder, "stacktrace"):
+        sent = sent or as_list(as_dict(place).get("frames"))
+    number_cut = len(sent) - take_room(room, "frames", min(len(sent), FRAMES))
+    parsed = []
+    for frame in reversed(sent[number_cut:]):
+        if isinstance(frame, dict):
+            parsed.append(parse_frame(frame, room))
+    if number_cut:
+        parsed.append(parse_frame({"function": rest(number_cut, "older frames")}, room))
+    parsed.reverse()
+    return parsed
+
+
+def parse_thread(event, exception, room):
+    """Return the frames of the thread that an exception names, an empty list without one."""
+    thread_id = identifier(first((exception.get("thread_id"), exception.get("threadId"))))
+    if thread_id is not None:
+        for thread in find_list(event, "threads"):
+            if identifier(thread.get("id")) == thread_id:
+                return parse_frames(thread, room)
+    return []
+
+
+def parse_crash(event, metadata, room):
+    """Return the frames of an event of which no exception has any."""
+    threads = find_list(event, "threads")
+    threads.sort(key=lambda thread: thread.get("current") is not True)
+    threads.sort(key=lambda thread: thread.get("crashed") is not True)
+    for holder in (*threads, event):
+        frames = parse_frames(holder, room)
+        if frames:
+            return frames
+    place = {key: text(metadata.get(key)) for key in ("filename", "function")}
+    return [parse_frame(place, room)] if any(place.values()) else []
+
+
+def parse_exception(exception, main, room):
+    """Return an exception in the shape that goes out, where `main` is the main one as sent."""
     return {
-        **{key: text(exception.get(key)) for key in ("type", "value", "module")},
-        "mechanism": plain(exception.get("mechanism")),
-        "frames": [parse_frame(frame) for frame in own_frames(exception)],
+        "type": text(exception.get("type")),
+        "value": text(exception.get("value")),
+        "module": text(exception.get("module")),
+        "mechanism": plain(exception.get("mechanism"), room=room),
+        "main": exception is main,
+        "frames": parse_frames(exception, room),
     }
 
 
-def parse_crumb(crumb):
-    texts = {key: text(crumb.get(key)) for key in ("type", "category", "level", "message")}
-    return {"timestamp": moment(crumb.get("timestamp")), **texts, "data": plain(crumb.get("data"))}
+def parse_exceptions(event, metadata):
+    """Return an event's exceptions, the inner cause first, and the stacktrace of the crash.
+
+    The stacktrace is that of the main exception, unless it has none and another one has.
+    """
+    sent = find_exceptions(event)
+    main = find_main(event, sent)
+    kept = sent[-EXCEPTIONS:]
+    if sent and all(exception is not main for exception in kept):
+        kept[0] = main
+    room = new_room()
+    parsed = [parse_exception(exception, main, room) for exception in reversed(kept)]
+    parsed.reverse()
+    crash = next((exception for exception in parsed if exception["main"]), {"frames": []})
+    crash["frames"] = crash["frames"] or parse_thread(event, main, room)
+    with_frames = [exception for exception in (*parsed, crash) if exception["frames"]]
+    if with_frames:
+        stacktrace = with_frames[-1]["frames"]
+    else:
+        stacktrace = parse_crash(event, metadata, room)
+        crash["frames"] = stacktrace
+    if len(sent) > EXCEPTIONS:
+        cut_off = {"type": REST, "value": rest(len(sent) - EXCEPTIONS, "inner exceptions")}
+        parsed.insert(0, parse_exception(cut_off, main, room))
+    return parsed, stacktrace
+
+
+def parse_headers(headers):
+    """Return a request's headers, sent as pairs, as an object or as lines, as a dict, else None."""
+    if isinstance(headers, str):
+        headers = [line.partition(":")[::2] for line in headers[:COLUMN_LENGTH].splitlines()]
+    pairs = read_pairs(headers, PAIRS)
+    return {name: mask_value(name, value) for name, value in pairs} or None
+
+
+def parse_query(query):
+    """Return the query of a request's URL, sent as text, as pairs or as an object, as text."""
+    if isinstance(query, str):
+        return mask_query(text(query))
+    pairs = read_pairs(query, PAIRS)
+    return text("&".join(f"{name}={mask_value(name, value) or ''}" for name, value in pairs))
+
+
+def parse_data(data):
+    """Return a request's body, sent as text or as JSON, as JSON where it can be read as such."""
+    if not isinstance(data, str):
+        return plain(data)
+    if not data[:NAME_LENGTH].lstrip().startswith(("{", "[")):
+        return mask_query(text(data))
+    if len(data) <= JSON_LENGTH:
+        with suppress(ValueError, RecursionError):
+            return plain(json.loads(data))
+    return JSON_MEMBER.sub(mask, text(data))
+
+
+def parse_request(event):
+    """Return the request in which an error happened, None without one."""
+    request = find_object(event, "request")
+    if not request:
+        return None
+    return {
+        "method": text(request.get("method")),
+        "url": mask_query(text(request.get("url"))),
+        "query": parse_query(first((request.get("query_string"), request.get("query")))),
+        "headers": parse_headers(request.get("headers")),
+        "data": parse_data(request.get("data")),
+    }
+
+
+def parse_crumb(crumb, room):
+    """Return a breadcrumb in the shape that goes out."""
+    words = {key: text(crumb.get(key)) for key in ("type", "category", "level", "message")}
+    data = plain(crumb.get("data"), room=room)
+    return {"timestamp": moment(crumb.get("timestamp")), **words, "data": data}
+
+
+def parse_crumbs(event):
+    """Return an event's newest breadcrumbs, the newest last.
+
+    They are sorted where all have a time, because some SDKs append groups of older ones.
+    """
+    crumbs = find_list(event, "breadcrumbs")
+    times = [parse_time(crumb.get("timestamp")) for crumb in crumbs]
+    if None not in times:
+        order = sorted(range(len(crumbs)), key=times.__getitem__)
+        crumbs = [crumbs[index] for index in order]
+    room = new_room()
+    return [parse_crumb(crumb, room) for crumb in crumbs[-CRUMBS:]]
+
+
+def parse_actor(actor):
+    """Return who caused a delivery, None where it is not said."""
+    if not as_dict(actor):
+        return None
+    return {key: identifier(actor.get(key)) for key in ("type", "id", "name")}
+
+
+def parse_stats(issue):
+    """Return what an issue delivery says of its issue's counts, None where it says nothing."""
+    stats = {
+        "count": integer(issue.get("count")),
+        "user_count": integer(issue.get("userCount")),
+        "first_seen": moment(issue.get("firstSeen")),
+        "last_seen": moment(issue.get("lastSeen")),
+        "priority": text(issue.get("priority")),
+    }
+    return stats if any(value is not None for value in stats.values()) else None
 
 
 def parse_detail(payload):
-    """Return what of a stored delivery has no column, in the shapes that go out."""
-    event, actor = find_error(payload)["event"], payload.get("actor")
-    http, crumbs = (
-        interface(event, "request", "Http"),
-        interface(event, "breadcrumbs", "Breadcrumbs"),
-    )
+    """Return what of a stored payload has no column, in the shapes that go out."""
+    error = find_error(payload)
+    event = error["event"]
+    issue = as_dict(error.get("issue"))
+    extra = first((event.get("extra"), as_dict(error.get("hook")).get("context")))
+    exceptions, stacktrace = parse_exceptions(event, find_metadata(event, issue))
     return {
-        "exceptions": [parse_exception(exception) for exception in find_exceptions(event)],
-        "stacktrace": [parse_frame(frame) for frame in find_frames(event)],
+        "exceptions": exceptions,
+        "stacktrace": stacktrace,
         "tags": parse_tags(event),
-        "actor": {key: identifier(actor.get(key)) for key in ("type", "id", "name")}
-        if as_dict(actor)
-        else None,
-        "request": {key: text(http.get(key)) for key in ("method", "url")}
-        if as_dict(http)
-        else None,
-        "breadcrumbs": [parse_crumb(crumb) for crumb in objects(crumbs)[-CRUMBS:]],
+        "actor": parse_actor(payload.get("actor")),
+        "request": parse_request(event),
+        "breadcrumbs": parse_crumbs(event),
+        "user": as_object(find_object(event, "user") or None),
+        "contexts": as_object(event.get("contexts")),
+        "extra": as_object(extra),
+        "csp": as_object(find_object(event, "csp") or None),
+        "issue_stats": parse_stats(issue),
     }
-
-
-def server_of(url):
-    """Return the server of a URL, its host with any port that is not the usual one, else None."""
-    match = re.match(r"https?://([^/:?#]+)", url or "")
-    if not match:
-        return None
-    return "sentry.io" if match[1].endswith("sentry.io") else match[1]
 
 
 # --------------------------------------------------------------------------------------------------
@@ -446,19 +858,20 @@ WAIT_SECONDS = 0.5  # longest wait of a delivery for the turn and the database's
 PAUSE_SECONDS = 2  # time for which a worker leaves a database alone that it could not write
 READ_SECONDS = 0.5  # longest time for the queries of one page, or of one part of an export
 STEP_SECONDS = 0.05  # longest time of one step of maintenance
-BUSY = sqlite3.SQLITE_BUSY, sqlite3.SQLITE_LOCKED  # error codes of a lock that another holds
 LOCAL_FILE_SYSTEMS = (
     "bcachefs btrfs ext2 ext3 ext4 f2fs jfs overlay ramfs reiserfs tmpfs xfs zfs".split()
 )
+LONG_WAL_PAGES = 4096  # pages of a WAL that is worth cutting
 CHECKPOINT_TRANSACTIONS = 50  # transactions of a worker after which it moves the WAL into the file
 SPOOL_BATCH = 50  # spooled deliveries that are stored in one transaction
 SPOOL_BATCH_BYTES = 1024 * 1024  # bytes of their compressed bodies, after which a batch is full
 SPOOL_LIMIT = 100_000  # deliveries in the spool
+SPOOL_NEARLY_FULL = 0.9  # share of it from which on the log says so
 SPOOL_FREE_BYTES = 64 * 1024 * 1024  # bytes of the disk that the spool leaves free
 INDEX_BATCH = 200  # errors that are added to the search index in one transaction
 DELETE_BATCH = 50  # expired errors that are deleted in one transaction
 PAGE_CHARACTERS = 600_000  # most characters of a page, of which JSON makes up to twelve bytes each
-DELIVERY_DAYS = 90  # days for which the counts of deliveries are kept
+DELIVERY_DAYS = 90  # days for which the counts of deliveries are kept apart by their time
 
 
 def in_microseconds(when):
@@ -493,17 +906,26 @@ def choose_journal_mode(folder, mounts=Path("/proc/self/mountinfo")):
     return "PERSIST"
 
 
+def busy_error(words):
+    """Return the error that SQLite would raise for a lock that another process holds."""
+    error = sqlite3.OperationalError(words)
+    error.sqlite_errorcode = sqlite3.SQLITE_BUSY
+    return error
+
+
+def primary_code(error):
+    """Return SQLite's code of an error, without what the extended codes add, or 0."""
+    return getattr(error, "sqlite_errorcode", 0) & 0xFF
+
+
 def is_busy(error):
     """Return True if an attempt failed only because another process holds a lock."""
-    if isinstance(error, BlockingIOError):
-        return True
-    code = getattr(error, "sqlite_errorcode", 0)
-    return code & 0xFF in BUSY  # the primary code; extended ones tell the kind of lock
+    return primary_code(error) in (sqlite3.SQLITE_BUSY, sqlite3.SQLITE_LOCKED)
 
 
 def is_interrupted(error):
     """Return True if a query was ended because it took too long."""
-    return getattr(error, "sqlite_errorcode", 0) == sqlite3.SQLITE_INTERRUPT
+    return primary_code(error) == sqlite3.SQLITE_INTERRUPT
 
 
 def read_steps():
@@ -549,8 +971,6 @@ class Database:
             self.read_until = math.inf
             self.prepare(connection)
             connection.execute("PRAGMA synchronous = FULL")
-            # A WAL that a long read of another program let grow is cut to this many bytes.
-            connection.execute("PRAGMA journal_size_limit = 16777216")
             # SQLite's own checkpoint would delay the reply to whoever comes next.
             connection.execute("PRAGMA wal_autocheckpoint = 0")
         except BaseException:
@@ -572,11 +992,11 @@ class Database:
             with self.turn(time.monotonic() + WAIT_SECONDS):
                 connection.execute(f"PRAGMA journal_mode = {self.journal_mode}")
                 self.upgrade(connection)
-        except (BlockingIOError, sqlite3.OperationalError) as error:
+        except sqlite3.OperationalError as error:
             if is_busy(error) and 0 < version < SCHEMA_VERSION:
                 change = f"from version {version} to {SCHEMA_VERSION}"
-                raise sqlite3.OperationalError(
-                    f"its schema has to be changed {change}, and another process holds its lock"
+                raise busy_error(
+                    f"its schema is being changed {change}, or waits for that"
                 ) from error
             raise
 
@@ -607,6 +1027,7 @@ class Database:
                 connection.executescript(
                     f"BEGIN IMMEDIATE; {script}; PRAGMA user_version = {SCHEMA_VERSION}; COMMIT"
                 )
+                connection.execute("PRAGMA wal_checkpoint(TRUNCATE)").fetchall()
         finally:
             if connection.in_transaction:
                 connection.execute("ROLLBACK")
@@ -615,7 +1036,7 @@ class Database:
 
     @contextmanager
     def turn(self, deadline):
-        """Hold the lock that all writers of the collector take, or raise BlockingIOError at the deadline."""
+        """Hold the lock that all writers of the collector take in the block; wait for it until `deadline`."""
         if self.lock is None:
             # A file of its own: closing any other descriptor of the database drops SQLite's locks.
             self.lock = open(f"{self.path}.lock", "ab")
@@ -623,11 +1044,9 @@ class Database:
             try:
                 fcntl.flock(self.lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
                 break
-            except BlockingIOError as error:
+            except BlockingIOError:
                 if time.monotonic() > deadline:
-                    raise BlockingIOError(
-                        error.errno, "another process of the collector is writing"
-                    ) from None
+                    raise busy_error("another process of the collector is writing") from None
             time.sleep(0.0002)
         try:
             yield
@@ -679,7 +1098,11 @@ class Database:
             return
         # In turn with the writers: SQLite before 3.51.3 may corrupt a WAL written and reset at once.
         with self.turn(time.monotonic()):
-            self.connection().execute("PRAGMA wal_checkpoint(PASSIVE)").fetchall()
+            connection = self.connection()
+            moved = connection.execute("PRAGMA wal_checkpoint(PASSIVE)").fetchone()
+            is_long = moved[1] > LONG_WAL_PAGES  # a long read of another program has let it grow
+            if is_long and moved[1] == moved[2]:
+                connection.execute("PRAGMA wal_checkpoint(TRUNCATE)").fetchall()
         self.transactions = 0
 
     def close_connection(self):
@@ -1056,9 +1479,14 @@ def select_errors(connection, filters, limit, oldest_first=False):
     A page has at least a row, and ends where its text exceeds PAGE_CHARACTERS.
     """
     names = [f"errors.{name}" for name in COLUMNS]
+    return take_page(find_errors(connection, filters, names, limit + 1, oldest_first), limit)
+
+
+def take_page(cursor, limit):
+    """Return up to `limit` rows of a cursor, which has one more if it can, and True if it had more."""
     rows = []
     room = PAGE_CHARACTERS
-    with closing(find_errors(connection, filters, names, limit + 1, oldest_first)) as cursor:
+    with closing(cursor):
         for row in cursor:
             if len(rows) == limit or room < 0:
                 return rows, True
@@ -1068,11 +1496,13 @@ def select_errors(connection, filters, limit, oldest_first=False):
 
 
 def select_overview(connection, filters):
-    """Return (time of receipt, project, level) of the newest 10,000 errors that match."""
+    """Return time of receipt, project, level, release and environment of the newest 10,000 that match."""
     columns = (
         "errors.received_at",
-        "substr(errors.project_slug, 1, 200)",
-        "substr(errors.level, 1, 200)",
+        "substr(errors.project_slug, 1, 200) AS project",
+        "substr(errors.level, 1, 200) AS level",
+        "substr(errors.release, 1, 200) AS release",
+        "substr(errors.environment, 1, 200) AS environment",
     )
     return find_errors(connection, filters, columns, 10_000).fetchall()
 
@@ -1090,11 +1520,12 @@ ISSUE_CONDITIONS = {
 
 
 def select_issues(connection, filters, limit):
-    """Return up to `limit` issues with the title, culprit, level and category of their newest error.
+    """Return up to `limit` issues, and True if there are more, the most recently seen first.
 
-    The most recently seen come first; `before` is the id of a newest error.
+    Title, culprit, level and category are those of the newest error, of which `before` is an id.
     """
     source = "issues JOIN errors ON errors.id = issues.newest"
+    order = "issues.newest"
     conditions = ["TRUE"]
     match = match_expression({"q": filters.get("q", "")})
     if match:
@@ -1102,13 +1533,15 @@ def select_issues(connection, filters, limit):
             "errors_search CROSS JOIN issues ON issues.newest = errors_search.rowid "
             "JOIN errors ON errors.id = issues.newest"
         )
+        order = "errors_search.rowid"
         conditions = ["errors_search MATCH :match"]
     conditions += [sql for name, sql in ISSUE_CONDITIONS.items() if name in filters]
     sql = f"""SELECT issues.issue_id, issues.short_id, nullif(issues.server, '') AS server,
         issues.project_id, issues.project_slug, errors.title, errors.culprit, errors.level,
         errors.category, issues.count, issues.first_seen, issues.last_seen, issues.newest
-        FROM {source} WHERE {" AND ".join(conditions)} ORDER BY issues.newest DESC LIMIT :limit"""
-    return connection.execute(sql, filters | {"match": match, "limit": limit}).fetchall()
+        FROM {source} WHERE {" AND ".join(conditions)} ORDER BY {order} DESC LIMIT :limit"""
+    cursor = connection.execute(sql, filters | {"match": match, "limit": limit + 1})
+    return take_page(cursor, limit)
 
 
 def select_occurrences(connection, row):
@@ -1135,13 +1568,6 @@ def select_extent(connection):
     """Return the oldest and the newest error's id, None where there is none."""
     sql = "SELECT (SELECT min(id) FROM errors), (SELECT max(id) FROM errors)"
     return list(connection.execute(sql).fetchone())
-
-
-def select_neighbours(connection, id_):
-    """Return the ids of the next newer and the next older error, None where there is none."""
-    sql = """SELECT (SELECT min(id) FROM errors WHERE id > :id),
-        (SELECT max(id) FROM errors WHERE id < :id)"""
-    return tuple(connection.execute(sql, {"id": id_}).fetchone())
 
 
 def count_errors(connection):
@@ -1184,7 +1610,7 @@ def delete_expired(database, days):
 
 
 class Counts:
-    """The deliveries by outcome and reason, kept in memory until a transaction takes them along."""
+    """The deliveries by outcome and reason that this worker has not written yet."""
 
     def __init__(self):
         self.pending = {}  # (count, time of the last) by (period, outcome, reason)
@@ -1196,15 +1622,19 @@ class Counts:
         count, _ = self.pending.get(key, (0, at))
         self.pending[key] = (count + 1, at)
 
-    def write(self, connection, outcome=None):
-        """Add the pending counts, and `outcome`, in a transaction; its caller clears `pending` afterwards."""
+    def write(self, database):
+        """Add the pending counts to the database, if there are any."""
+        if not self.pending:
+            return
         rows = [(*key, *value) for key, value in self.pending.items()]
-        if outcome:
-            at = now()
-            rows.append((period_of(at), outcome, "", 1, at))
         sql = """INSERT INTO deliveries VALUES (?, ?, ?, ?, ?) ON CONFLICT DO UPDATE SET
             count = count + excluded.count, last_at = max(last_at, excluded.last_at)"""
-        connection.executemany(sql, rows)
+        with database.transaction(STEP_SECONDS) as connection:
+            connection.executemany(sql, rows)
+            connection.execute(
+                "DELETE FROM deliveries WHERE period < ?", (now(days=DELIVERY_DAYS),)
+            )
+        self.pending.clear()
 
 
 def period_of(at):
@@ -1228,9 +1658,14 @@ def select_deliveries(connection):
     return [dict(row) for row in connection.execute(sql, starts)]
 
 
-def delete_old_counts(connection):
-    """Delete the counts of more than DELIVERY_DAYS ago."""
-    connection.execute("DELETE FROM deliveries WHERE period < ?", (now(days=DELIVERY_DAYS),))
+def add_up_old_counts(connection):
+    """Add up the counts of more than DELIVERY_DAYS ago, so that the sums never fall."""
+    limit = (now(days=DELIVERY_DAYS),)
+    sql = """INSERT INTO deliveries SELECT '', outcome, reason, sum(count), max(last_at)
+        FROM deliveries WHERE period < ? GROUP BY outcome, reason
+        ON CONFLICT DO UPDATE SET count = excluded.count, last_at = excluded.last_at"""
+    connection.execute(sql, limit)
+    connection.execute("DELETE FROM deliveries WHERE period BETWEEN '0' AND ?", limit)
 
 
 # The spool
@@ -1269,14 +1704,13 @@ class Spool:
         if time.monotonic() > self.counted_at + 1:
             self.counted_at = time.monotonic()
             self.count = len(self.names())
-            if self.count > SPOOL_LIMIT * 0.9:
+            if self.count > SPOOL_LIMIT * SPOOL_NEARLY_FULL:
                 log.warning(
                     "the spool holds %d deliveries, its limit is %d", self.count, SPOOL_LIMIT
                 )
         if self.count >= SPOOL_LIMIT:
             raise OSError(errno.ENOSPC, f"the spool is full, it holds {self.count} deliveries")
-        disk = os.statvfs(self.folder)
-        if disk.f_bavail * disk.f_frsize < SPOOL_FREE_BYTES:
+        if free_bytes(self.folder) < SPOOL_FREE_BYTES:
             raise OSError(errno.ENOSPC, "the disk has less than 64 MB left")
 
     def names(self):
@@ -1384,6 +1818,12 @@ class Spool:
             )
 
 
+def free_bytes(folder):
+    """Return how many bytes of the folder's disk are free."""
+    disk = os.statvfs(folder)
+    return disk.f_bavail * disk.f_frsize
+
+
 def sync_folder(path):
     """Sync a folder, without which a new name in it is not durable."""
     folder = os.open(path, os.O_RDONLY)
@@ -1397,9 +1837,20 @@ def sync_folder(path):
 
 
 def open_read_only(path):
-    """Return a connection to an existing database that cannot write it."""
-    uri = f"{path.absolute().as_uri()}?mode=ro"
+    """Return a connection to an existing database that cannot write it, nor make a file beside it."""
+    uri = f"{path.absolute().as_uri()}?{'immutable=1' if is_at_rest(path) else 'mode=ro'}"
     return sqlite3.connect(uri, uri=True, timeout=10, isolation_level=None)
+
+
+def is_at_rest(path):
+    """Return True for a database in WAL mode that no process has open.
+
+    SQLite would make a WAL beside it to read it, as a file of this user's, were it not told that
+    nobody writes. Not for a process that has a connection already, whose locks this would drop.
+    """
+    with open(path, "rb") as file:
+        is_in_wal_mode = file.read(20)[18:] == b"\2\2"
+    return is_in_wal_mode and not Path(f"{path}-wal").exists()
 
 
 def copy_database(source, target, report=lambda share: None):
@@ -1483,21 +1934,61 @@ def restore(database, file):
 # Presentation: one function for each shape that goes out
 # --------------------------------------------------------------------------------------------------
 
-TEXT_LENGTH = 8000  # characters of a text form at the most
-URL_LENGTH = 300  # characters of a URL in it
+TEXT_LENGTH = 8000  # most characters of a text form
+NOTE_LENGTH = 1000  # characters of it that are kept for what it says of what was left out
+URL_LENGTH = 300  # most characters of a URL in it; of a longer one the path is shown
+SHARES = 2600, 1400, 700, 300  # characters that a section of each rank gets before any gets more
+SOURCE_LINES = 3  # source lines around the one that failed
+LONG_LINE = 100  # characters of a source line above which its column is told, too
+LINE_SHOWN = 160  # most characters of a source line in a text form
+VARIABLES_SHOWN = 1000  # characters of variables after which the others are left out
+OPEN_FRAMES = 15  # frames of a trace that its page shows without being asked, the newest ones
+INNERMOST = "caused by (innermost)"  # role of the exception that was raised first
+CUT = "\ue000"  # stands for what a line of a text form lost; no text of an error may have it
+HIDDEN_CATEGORIES = "Cc", "Cf", "Cn", "Co", "Cs", "Zl", "Zp"  # Unicode's, of what has no picture
+# Letters and marks without a picture: Unicode's Default_Ignorable ones, and the blank of Braille.
+BLANKS = re.compile(
+    "[\u034f\u115f\u1160\u17b4\u17b5\u180b-\u180f\u2800\u3164\ufe00-\ufe0f\uffa0\U000e0100-\U000e01ef]"
+)
 ANSI = re.compile(
     r"\x1b(?:\[[0-?]*[ -/]*[@-~]|\][^\x07\x1b]*(?:\x07|\x1b\\)?|[PX^_][^\x1b]*(?:\x1b\\)?|.)",
     re.DOTALL,
 )
-# Control characters but tab and line feed, and those that reorder or hide text.
-UNSEEN = re.compile(
-    "[\0-\x08\x0b-\x1f\x7f-\x9f\u061c\u200b\u200e\u200f\u2028-\u202e\u2060-\u206f\ufeff\ufff9-\ufffb\U000e0000-\U000e007f]"
+# What a script or an emoji needs: a joiner between two of its characters, a selector after a sign.
+NEEDED = re.compile(
+    "(?<=[\u0600-\u1cff\u2190-\u2bff\ufe0f\U0001f000-\U0001faff])[\u200c\u200d]"
+    "(?=[\u0600-\u1cff\u2190-\u2bff\U0001f000-\U0001faff])"
+    "|\U0001f3f4[\U000e0030-\U000e007a]{3,6}\U000e007f"
+    "|(?<=[#*0-9\xa9\xae\u203c\u2049\u2122-\u3299\U0001f000-\U0001faff])[\ufe0e\ufe0f]"
 )
+BAR_SECONDS = (
+    60, 300, 600, 1800, 3600, 3 * 3600, 6 * 3600, 12 * 3600, 86400, 2 * 86400, 7 * 86400,
+    28 * 86400, 91 * 86400, 364 * 86400, 3640 * 86400,
+)  # fmt: skip
 
 
 def as_json(value):
     """Return a value as a line of JSON, ASCII so that no terminal obeys it."""
     return json.dumps(value) + "\n"
+
+
+def as_words(value):
+    """Return text as it is, and any other JSON value as JSON."""
+    if isinstance(value, str):
+        return value
+    return json.dumps(value, ensure_ascii=False)
+
+
+def pretty(value):
+    """Return text as it is, and any other JSON value as JSON over several lines."""
+    if isinstance(value, str):
+        return value
+    return json.dumps(value, ensure_ascii=False, indent=2)
+
+
+def joined(*values):
+    """Return the values that are not empty, with a blank between them."""
+    return " ".join(str(value) for value in values if value)
 
 
 def summary(row, base=""):
@@ -1510,138 +2001,411 @@ def detail(row, body, occurrences, base=""):
     return summary(row, base) | parse_detail(load(body)) | {"occurrences": occurrences}
 
 
+def issue(row, base=""):
+    """Return an issue; `base` is what the addresses here begin with."""
+    query = {"issue": row["issue_id"]}
+    if row["server"]:
+        query["server"] = row["server"]
+    return dict(row) | {"url": f"{base}/errors?{urlencode(query)}"}
+
+
+def entry_id(error):
+    """Return the id of an error in a feed, which stays the same under any address."""
+    names = f"{error['id']} {error['received_at']} {error['event_id']} {error['issue_id']}"
+    return f"urn:uuid:{uuid.uuid5(uuid.NAMESPACE_OID, names)}"
+
+
+# What is hidden in text
+
+
+def hidden_characters(value):
+    """Return the set of a text's characters that nobody sees, or that move or reorder others."""
+    if value.isprintable() and value.isascii():
+        return set()
+    hidden = set()
+    for character in set(value):
+        is_hidden = unicodedata.category(character) in HIDDEN_CATEGORIES
+        if is_hidden or BLANKS.match(character):
+            hidden.add(character)
+    return hidden - {"\n", "\t"}
+
+
+def without_hidden(value):
+    """Return text without escape sequences and hidden characters."""
+    value = ANSI.sub("", value)
+    signs = {}
+    for character in hidden_characters(value):
+        signs[ord(character)] = " " if character.isspace() else ""
+    return value.translate(signs)
+
+
+def visible(value, length=2000):
+    """Return a value as HTML of at most `length` characters, with a sign for each hidden one.
+
+    What Arabic, Indic scripts and emoji need of hidden characters stays.
+    """
+    shown = cut(as_words(value), length).replace("\r\n", "\n")
+    hidden = hidden_characters(shown)
+    shown = str(escape(shown))
+    if hidden:
+        needed = set()
+        for match in NEEDED.finditer(shown):
+            needed.update(range(*match.span()))
+        parts = []
+        for index, character in enumerate(shown):
+            is_marked = character in hidden and index not in needed
+            sign = f'<b class="unseen">U+{ord(character):04X}</b>' if is_marked else character
+            parts.append(sign)
+        shown = "".join(parts)
+    return Markup(shown)
+
+
+def flat(value, length=200):
+    """Return a value as one line of at most `length` characters, without hidden ones."""
+    words = as_words(value)
+    read = words[: 8 * length]
+    line = " ".join(without_hidden(read).split())
+    if len(words) > len(read):
+        line += CUT
+    return shorten(line, length)
+
+
+def shorten(line, length):
+    """Return a line of a text form, of at most `length` characters."""
+    if len(line) <= length:
+        return line
+    return line[: length - 1] + CUT
+
+
+# Traces
+
+
+def no_trace(error):
+    """Return the sentence that says why an error has no stack trace."""
+    kinds = {"csp": "a report of a browser about a forbidden source"}
+    category = error["category"] or "error"
+    if category != "error":
+        kind = kinds.get(category, f"an issue of the category {category[:40]}")
+        return f"There is no stack trace: this is {kind}."
+    if error["resource"] == "issue":
+        words = "There is no stack trace: an issue webhook never has one, error webhooks and issue"
+        return f"{words} alerts do."
+    return "There is no stack trace: the SDK that reported this sent none."
+
+
+def chain_of(error, parsed):
+    """Return the exceptions with a `role` each: the main one, what caused it, what wraps it.
+
+    An event without exceptions gives one that has its stacktrace, if there is anything to show.
+    """
+    exceptions = parsed["exceptions"]
+    if not exceptions:
+        only = {"type": error["exception_type"], "value": error["exception_value"]}
+        only |= {"module": None, "mechanism": None, "main": True, "frames": parsed["stacktrace"]}
+        is_empty = not any(only[key] for key in ("type", "value", "frames"))
+        return [] if is_empty else [only | {"role": "exception"}]
+    main = [exception["main"] for exception in exceptions].index(True)
+    chain = [exceptions[main] | {"role": "exception"}]
+    for exception in reversed(exceptions[:main]):
+        chain.append(exception | {"role": "caused by"})
+    if main:
+        chain[-1]["role"] = INNERMOST
+    for exception in exceptions[main + 1 :]:
+        chain.append(exception | {"role": "wrapped in"})
+    return chain
+
+
+def is_close(exception):
+    """Return True for the main exception and for the innermost cause, which are shown closely."""
+    return exception["role"] in ("exception", INNERMOST)
+
+
+def own_frame(frames):
+    """Return the last frame of the application's own code, else the last frame."""
+    own = [frame for frame in frames if frame["in_app"]]
+    return (own or frames)[-1]
+
+
+def says_cut(frame):
+    """Return True for a frame that stands for older ones, which were cut when they were read."""
+    is_bare = frame["lineno"] is None and not frame["filename"]
+    return is_bare and (frame["function"] or "").startswith(REST)
+
+
 def fold(frames, marked=False):
-    """Return runs of frames as (is library code, frames); the crash counts as own, and all where none is marked."""
-    runs, marked = [], marked or any(frame["in_app"] for frame in frames)
+    """Return runs of frames as (True for library code, frames).
+
+    The crash is shown as own code is, and all frames are where none is marked.
+    """
+    marked = marked or any(frame["in_app"] for frame in frames)
+    runs = []
     for frame in frames:
-        library = bool(marked and not frame["in_app"] and frame is not frames[-1])
-        if not runs or runs[-1][0] != library:
-            runs.append((library, []))
+        is_library = marked and not frame["in_app"] and frame is not frames[-1]
+        if frame is frames[0] and says_cut(frame):
+            is_library = False
+        if not runs or runs[-1][0] != is_library:
+            runs.append((is_library, []))
         runs[-1][1].append(frame)
     return runs
 
 
+def last_part(path):
+    """Return the last part of a path of any system."""
+    return re.split(r"[/\\]", path)[-1] or path
+
+
+def qualified(frame):
+    """Return the function of a frame, with its class or module where the file does not say it."""
+    function = frame["function"] or "?"
+    module = frame["module"] or ""
+    file = frame["filename"] or frame["abs_path"] or ""
+    path = re.sub(r"[.:\\]+", "/", module)
+    is_said = path in re.sub(r"[.:\\]+", "/", file) or function.startswith(module)
+    if is_said or module.startswith(("<", "__main__")):
+        return function
+    return f"{module}.{function}"
+
+
 def place(frame):
     """Return where a frame is, in the words of a Python traceback."""
-    file = frame["filename"] or frame["abs_path"] or frame["module"] or "?"
-    line = "" if frame["lineno"] is None else f", line {frame['lineno']}"
-    return f'File "{file}"{line}, in {frame["function"] or "?"}'
+    if says_cut(frame):
+        return f"[{frame['function']}]"
+    file = frame["filename"] or frame["abs_path"]
+    package = frame["package"] and last_part(frame["package"])
+    parts = [f'File "{file or package or frame["module"] or "?"}"']
+    if frame["lineno"]:
+        parts.append(f"line {frame['lineno']}")
+    line = frame["context_line"] or ""
+    is_minified = len(line) > LONG_LINE or "{snip}" in line
+    if frame["colno"] and (is_minified or not line.strip()):
+        parts.append(f"column {frame['colno']}")
+    function = qualified(frame)
+    if not file and not package:
+        function = frame["function"] or "?"  # the module stands for the file
+    parts.append(f"in {function}")
+    if package and file:
+        parts.append(f"package {package}")
+    if package and frame["instruction_addr"]:
+        parts.append(f"address {frame['instruction_addr']}")
+    return ", ".join(parts)
 
 
-def flat(value, length):
-    """Return text on one line of at most `length` characters, nothing in it that a terminal would obey."""
-    return cut(" ".join(UNSEEN.sub("", ANSI.sub("", str(value))).split()), length)
+def source_lines(frame):
+    """Return a frame's source lines as (number or None, text, True where it failed)."""
+    if frame["context_line"] is None:
+        return []
+    before = frame["pre_context"] or []
+    lines = [*before, frame["context_line"], *(frame["post_context"] or [])]
+    first_number = frame["lineno"] and frame["lineno"] - len(before)
+    numbered = []
+    for index, line in enumerate(lines):
+        number = first_number + index if first_number is not None else None
+        numbered.append((number, line, index == len(before)))
+    return numbered
 
 
-def joined(*values):
-    return " ".join(str(value) for value in values if value)
+def source_line(line, column=None):
+    """Return a source line for a text form, its indentation kept; of a long one the part at `column`."""
+    line = line.expandtabs(4)
+    start = 0
+    if len(line) > LINE_SHOWN and column and column < len(line):
+        start = max(column - LINE_SHOWN // 2, 0)
+    words = line[start:].lstrip()
+    indentation = min(len(line) - start - len(words), 40)
+    return (CUT if start else " " * indentation) + flat(words, LINE_SHOWN)
 
 
-def trace_lines(frames):
-    """Return the lines of a stacktrace, the oldest call first, runs of library frames folded."""
-    for library, run in fold(frames):
-        if library:
-            yield f"[{len(run)} library frame{'s'[: len(run) > 1]}]"
-        for frame in [] if library else run:
-            yield flat(place(frame), 300)
-            line = flat(frame["context_line"] or "", 200)
-            if line:
-                yield f"  {line}"
-
-
-def chain_lines(exceptions):
-    """Return a line for each exception, the inner cause first, with the place where it was raised."""
-    for found in exceptions:
-        at = f"[{flat(place(found['frames'][-1]), 200)}]" if found["frames"] else ""
-        yield joined(flat(f"{found['type'] or '?'}: {found['value'] or ''}", 400), at)
-
-
-def error_text(row, body, occurrences, url):
-    """Return an error as text for a terminal or an agent, the most useful part first, TEXT_LENGTH characters at most.
-
-    Only lines of ours start at the margin; the error's own words stand behind a key there, or indented.
-    """
-    found = parse_detail(load(body))
-    http, crumbs = found["request"] or {}, found["breadcrumbs"]
-    for crumb in crumbs:
-        crumb["data"] = crumb["data"] and json.dumps(crumb["data"], ensure_ascii=False)
-    values = {"error": row["id"]} | {
-        key: row[key] for key in ("title", "level", "culprit", "environment", "release")
-    }
-    values |= {
-        "project": row["project_slug"] or row["project_name"] or row["project_id"],
-        "issue": joined(row["short_id"], row["issue_id"]),
-        "event": row["event_id"],
-        "happened": row["timestamp"],
-        "received": row["received_at"],
-        "message": None
-        if row["message"] in (row["title"], row["exception_value"])
-        else row["message"],
-        **{key: row[key] for key in ("platform", "logger", "rule", "permalink")},
-        "url": url,
-    }
-    lengths = {"title": 500, "message": 1000, "permalink": 300, "url": URL_LENGTH}
-    head = {key: flat(value, lengths.get(key, 150)) for key, value in values.items() if value}
-    words = ("timestamp", "category", "level", "message", "data")
-    sections = {
-        "stacktrace (oldest call first)": list(trace_lines(found["stacktrace"])),
-        "exceptions (inner cause first)": list(chain_lines(found["exceptions"])),
-        "tags": [flat(f"{key} = {value}", 200) for key, value in found["tags"].items()],
-        "request": [flat(joined(http.get("method"), http.get("url")), 500)] if http else [],
-        "breadcrumbs (newest last)": [
-            flat(joined(*(crumb[word] for word in words)), 250) for crumb in crumbs
-        ],
-    }
-    shown = "".join(f"{key}: {value}\n" for key, value in head.items())
-    return shown + fit(
-        sections, TEXT_LENGTH - len(shown) - 300 - 2 * URL_LENGTH, cut(url, URL_LENGTH)
+def closely(frame):
+    """Yield the lines of the frame that matters most: its source, and its variables by use."""
+    around = source_lines(frame)
+    crash = [is_crash for _, _, is_crash in around].index(True) if around else 0
+    for number, line, is_crash in around[max(crash - SOURCE_LINES, 0) : crash + SOURCE_LINES + 1]:
+        mark = ">" if is_crash else " "
+        shown = source_line(line, frame["colno"] if is_crash else None)
+        yield f"{mark} {number or '':>5} | {shown}".rstrip()
+    variables = frame["vars"] or {}
+    read = " ".join(line for _, line, _ in around)
+    used = set(re.findall(r"\w+", frame["context_line"] or ""))
+    near = set(re.findall(r"\w+", read))
+    names = sorted(
+        variables, key=lambda name: (name not in used, name not in near, name.startswith("__"))
     )
-
-
-def fit(sections, room, url):
-    """Return as much of sections of lines as there is room for, and what had to be left out."""
-    parts, left_out = [], []
-    for name, lines in sections.items():
-        ends_best = "(" in name  # what is cut goes from the top where the end matters most
-        kept, budget = [], min(room - len(name) - 3, TEXT_LENGTH // 2)
-        for line in lines[::-1] if ends_best else lines:
-            budget -= len(line) + 3
-            if budget < 0:
-                break
-            kept.append(f"  {line}\n")
-        if kept:
-            parts.append(f"\n{name}:\n" + "".join(kept[::-1] if ends_best else kept))
-            room -= len(parts[-1])
-        if len(kept) < len(lines):
-            left_out.append(f"{len(lines) - len(kept)} lines of {name.split(' (')[0]}")
-    left_out.append("ends of long values, source context and the rest of the payload")
-    return (
-        "".join(parts) + f"\nleft out: {', '.join(left_out)}: {url}?format=json and {url}/payload\n"
-    )
-
-
-def errors_text(rows, more):
-    """Return a list as text, an error a line, TEXT_LENGTH characters at most; `more` is the URL of the rest or None."""
-    more = more if len(more or "") <= 10 * URL_LENGTH else "see the Link header"
-    lines, room = [], TEXT_LENGTH - 200 - len(more or "")
-    for row in rows:
-        about = joined(
-            row["received_at"], row["level"], row["project_slug"], row["title"], row["culprit"]
-        )
-        lines.append(f"#{row['id']} {flat(about, 300)}\n")
-        room -= len(lines[-1])
+    room = VARIABLES_SHOWN
+    for index, name in enumerate(names):
+        line = f"  {flat(name, 60)} = {flat(variables[name], 300)}"
+        room -= len(line)
         if room < 0:
-            lines[-1] = (
-                f"left out: {len(rows) - len(lines) + 1} more of this page; ask for fewer with limit=\n"
-            )
+            yield f"  {len(names) - index} more variables{CUT}"
             break
-    return "".join(lines) + (f"next: {more}\n" if more else "") or "no errors\n"
+        yield line
 
 
-def visible(value, length=2000):
-    """Return text as HTML: escaped, cut, and a sign in place of each character that would hide or reorder others."""
-    shown = str(escape(cut(str(value), length)))
-    return Markup(UNSEEN.sub(lambda found: f'<b class="unseen">U+{ord(found[0]):04X}</b>', shown))
+def trace_lines(exception, marked):
+    """Yield the lines of an exception's trace, the oldest call first, library frames folded."""
+    frames = exception["frames"]
+    for is_library, run in fold(frames, marked):
+        if is_library:
+            yield f"[{len(run)} library frame{'s' if len(run) > 1 else ''}]"
+            continue
+        for frame in run:
+            yield flat(place(frame), 300)
+            if is_close(exception) and frame is own_frame(frames):
+                yield from closely(frame)
+            elif frame["context_line"]:
+                yield "    " + source_line(frame["context_line"], frame["colno"]).strip()
+
+
+def has_more(chain):
+    """Return True if frames have source lines or variables that the text form does not show."""
+    for exception in chain:
+        shown = own_frame(exception["frames"]) if exception["frames"] else None
+        for frame in exception["frames"]:
+            is_shown = frame is shown and is_close(exception)
+            if not is_shown and (frame["vars"] or frame["pre_context"]):
+                return True
+    return False
+
+
+# Text forms
+
+
+def error_page(error, body):
+    """Return what the text form and the page of an error show of it.
+
+    `error` has the keys of a summary and `occurrences`, `body` is the delivery (bytes).
+    """
+    parsed = parse_detail(load(body))
+    chain = chain_of(error, parsed)
+    marked = any(frame["in_app"] for exception in chain for frame in exception["frames"])
+    return {"error": error | parsed, "chain": chain, "marked": marked, "why": no_trace(error)}
+
+
+def error_text(error, body, url):
+    """Return an error as text for a terminal or an agent, the most useful part first.
+
+    The template puts nothing of the error's own text at the margin, and `flat` lets none of it begin
+    a line.
+    """
+    page = error_page(error, body)
+    words = render_template("error.txt", **page, url=url)
+    left_out = []
+    if has_more(page["chain"]):
+        left_out.append("source lines and variables of other frames")
+    return fit(words, url, left_out)
+
+
+def fit(words, url, left_out):
+    """Return a text form, a head and sections, cut to TEXT_LENGTH, which says what was left out."""
+    head, *sections = words.strip("\n").split("\n\n")
+    sections = [section.split("\n") for section in sections]
+    shown = [head]
+    missing = []
+    for lines, room in zip(sections, share_out(sections, len(head)), strict=True):
+        kept = cut_section(lines, room)
+        if len(kept) < len(lines):
+            name = lines[0].partition(" (")[0].rstrip(":")
+            missing.append(f"{len(lines) - len(kept)} lines of {name}")
+        if len(kept) > 1:
+            shown.append("\n".join(kept))
+    text_form = "\n\n".join(shown)
+    left_out = missing[:6] + left_out
+    if len(missing) > 6:
+        left_out.append("more sections")
+    if CUT in text_form:
+        left_out.append("ends of long values (…)")
+    if left_out:
+        whole = f"{url}?format=json and {url}/payload"
+        text_form += f"\n\nleft out: {', '.join(left_out)}; whole: {whole}"
+    return text_form.replace(CUT, "…") + "\n"
+
+
+def rank(name):
+    """Return how late a section gets more than its share of the room: 0 for the main exception."""
+    if name.startswith("exception"):
+        return 0
+    if name.startswith(INNERMOST):
+        return 1
+    if name.startswith(("caused by", "wrapped in")):
+        return 3
+    return 2
+
+
+def share_out(sections, taken):
+    """Return the characters that each section of lines may have, `taken` being those of the head."""
+    room = TEXT_LENGTH - NOTE_LENGTH - taken
+    given = [0] * len(sections)
+    ranks = [rank(lines[0]) for lines in sections]
+    for shares in (SHARES, [TEXT_LENGTH] * len(SHARES)):
+        for index in sorted(range(len(sections)), key=ranks.__getitem__):
+            size = sum(len(line) + 1 for line in sections[index]) + 1
+            more = min(size, shares[ranks[index]]) - given[index]
+            more = max(min(more, room), 0)
+            given[index] += more
+            room -= more
+    return given
+
+
+def cut_section(lines, room):
+    """Return the lines of a section that there is room for.
+
+    A trace keeps its first two lines and its end, breadcrumbs their end, other sections their beginning.
+    """
+    is_trace = rank(lines[0]) != 2
+    first_lines = lines[: 2 if is_trace else 1]
+    others = lines[len(first_lines) :]
+    ends_best = is_trace or lines[0].startswith("breadcrumbs")
+    if ends_best:
+        others.reverse()
+    room -= sum(len(line) + 1 for line in first_lines) + 1
+    if room < 0:
+        return []
+    kept = []
+    for line in others:
+        room -= len(line) + 1
+        if room < 0:
+            break
+        kept.append(line)
+    if ends_best:
+        kept.reverse()
+    return first_lines + kept
+
+
+def list_text(lines, next_url, nothing):
+    """Return a list as text, a line each, TEXT_LENGTH characters at most.
+
+    `next_url` is the address of the next page or None, `nothing` stands for an empty list.
+    """
+    if next_url and len(next_url) > 10 * URL_LENGTH:
+        next_url = "see the Link header"
+    room = TEXT_LENGTH - 200 - len(next_url or "")
+    shown = []
+    for line in lines:
+        room -= len(line) + 1
+        if room < 0:
+            missing = len(lines) - len(shown)
+            shown.append(f"left out: {missing} more of this page; ask for fewer with limit=")
+            break
+        shown.append(line)
+    if next_url:
+        shown.append(f"next: {next_url}")
+    return "\n".join(shown or [nothing]).replace(CUT, "…") + "\n"
+
+
+def error_line(row):
+    """Return the line of an error in a list."""
+    told = (row["received_at"], row["level"], row["project_slug"], row["title"], row["culprit"])
+    return f"#{row['id']} {flat(joined(*told), 300)}"
+
+
+def issue_line(row):
+    """Return the line of an issue in a list; its number is that of its newest error."""
+    name = row["short_id"] or row["issue_id"]
+    seen = f"{row['count']} times, last {row['last_seen']}"
+    told = (name, row["level"], row["project_slug"], row["title"], row["culprit"])
+    return f"#{row['newest']} {seen}: {flat(joined(*told), 300)}"
+
+
+# Pages
 
 
 def ago(value):
@@ -1649,7 +2413,8 @@ def ago(value):
     seconds = (datetime.now(UTC) - datetime.fromisoformat(value)).total_seconds()
     for unit, size in (("d", 86400), ("h", 3600), ("min", 60)):
         if abs(seconds) >= size:
-            return f"{abs(seconds) // size:.0f} {unit} {'ago' if seconds > 0 else 'ahead'}"
+            direction = "ago" if seconds > 0 else "ahead"
+            return f"{abs(seconds) // size:.0f} {unit} {direction}"
     return "just now"
 
 
@@ -1658,34 +2423,51 @@ def web_link(value):
     return value if re.match(r"https?://[^\s]+$", value or "", re.IGNORECASE) else None
 
 
-def source_lines(frame):
-    """Return a frame's source lines as (number or None, text, whether it crashed there)."""
-    before, after, number = frame["pre_context"] or [], frame["post_context"] or [], frame["lineno"]
-    lines = [] if frame["context_line"] is None else [*before, frame["context_line"], *after]
-    return [
-        (None if number is None else number - len(before) + index, line, index == len(before))
-        for index, line in enumerate(lines)
-    ]
+def bytes_size(number):
+    """Return a number of bytes as a person reads it."""
+    for unit in ("bytes", "kB", "MB"):
+        if number < 1000:
+            return f"{number:.3g} {unit}"
+        number /= 1000
+    return f"{number:,.3g} GB"
 
 
 def chart(times, bars=40):
-    """Return a bar chart of ISO 8601 times as bars of (share of the highest, count, start), None without times."""
+    """Return a bar chart of ISO 8601 times in UTC, None without times.
+
+    `width` is that of a bar in seconds, whole minutes, hours or days. The `bars`, which end with the
+    newest time, are dicts of an index, a count, its share of the highest, and the period.
+    """
     if not times:
         return None
     stamps = [datetime.fromisoformat(value).timestamp() for value in times]
-    newest = max(stamps)
-    width = max((newest - min(stamps)) / (bars - 1), 1)
-    counts = Counter(bars - 1 - int((newest - stamp) / width) for stamp in stamps)
-    starts = [datetime.fromtimestamp(newest - (bars - index) * width, UTC) for index in range(bars)]
+    span = max(stamps) - min(stamps)
+    width = next((size for size in BAR_SECONDS if span / size < bars - 1), span + 1)
+    first_bar = int(max(stamps) // width) - bars + 1
+    counts = Counter(int(stamp // width) - first_bar for stamp in stamps)
     most = max(counts.values())
-    shown = [
-        (counts[index] / most, counts[index], f"{start:%Y-%m-%d %H:%M:%S}")
-        for index, start in enumerate(starts)
-    ]
-    return {"bars": shown, "most": most}
+    drawn = []
+    for index in range(bars):
+        start = datetime.fromtimestamp((first_bar + index) * width, UTC)
+        end = start + timedelta(seconds=width, microseconds=-1)
+        bar = {"index": index, "since": in_microseconds(start), "until": in_microseconds(end)}
+        drawn.append(bar | {"count": counts[index], "share": counts[index] / most})
+    return {"bars": drawn, "most": most, "width": width}
 
 
-PAGE_FILTERS = (visible, ago, web_link, source_lines, fold)
+def duration(seconds):
+    """Return the width of a bar of the chart in words."""
+    for unit, size in (("day", 86400), ("hour", 3600), ("minute", 60)):
+        if seconds >= size:
+            number = round(seconds / size)
+            return unit if number == 1 else f"{number:,} {unit}s"
+    return f"{seconds} seconds"
+
+
+PAGE_FILTERS = (
+    visible, flat, shorten, pretty, ago, web_link, bytes_size, duration, source_lines, fold, own_frame, trace_lines,
+    qualified, last_part, entry_id, is_close,
+)  # fmt: skip
 
 
 # --------------------------------------------------------------------------------------------------
@@ -1699,6 +2481,7 @@ FORMS = {
     "html": "text/html",
     "text": "text/plain",
     "ndjson": "application/x-ndjson",
+    "atom": "application/atom+xml",
 }
 FILTERS = (*FACETS, "event", "since", "until", "q")
 LEVELS = "fatal", "error", "warning", "info", "debug", "sample"  # levels that Sentry knows
@@ -1732,19 +2515,16 @@ class Collector:
             self.write_counts: 1,
             self.extend_index: 0.2,
             self.delete_expired: 1,
-            self.delete_old_counts: 3600,
             self.log_deletions: 24 * 3600,
         }
         self.due = dict.fromkeys(self.steps, -math.inf)  # monotonic time of the next, by step
         self.deleted = 0  # expired errors since the last log line about them
 
     def start(self, notify=lambda: None):
-        """Check the folder and open the database in the process that serves.
+        """Open the database, in the process that serves.
 
-        `notify` tells gunicorn that the worker is alive while the schema is changed. Raises SystemExit
-        if the folder cannot be written.
+        `notify` tells gunicorn that the worker is alive while the schema is changed.
         """
-        check_folder(self.settings["DATABASE_URL"])
         self.database.notify = notify
         try:
             self.database.connection()
@@ -1776,9 +2556,8 @@ class Collector:
         row = parse_error(payload, resource, received_at) | pack(body)
         with self.database.transaction() as connection:
             id_, is_new = insert_error(connection, row)
-            outcome = "stored" if is_new else "duplicate"
-            self.counts.write(connection, outcome)
-        self.counts.pending.clear()
+        outcome = "stored" if is_new else "duplicate"
+        self.counts.add(outcome)
         return outcome, id_
 
     def log_failure(self, what, error):
@@ -1824,11 +2603,8 @@ class Collector:
         return extend_index(self.database)
 
     def write_counts(self):
-        """Write the counts that no transaction has taken along."""
-        if self.counts.pending:
-            with self.database.transaction(STEP_SECONDS) as connection:
-                self.counts.write(connection)
-            self.counts.pending.clear()
+        """Write the counts of deliveries, which are in memory alone for about a second."""
+        self.counts.write(self.database)
 
     def delete_expired(self):
         """Delete some errors that RETENTION_DAYS has passed; return True if there may be more."""
@@ -1845,11 +2621,6 @@ class Collector:
             days = self.settings["RETENTION_DAYS"]
             log.info("deleted %d errors that were older than %d days", self.deleted, days)
         self.deleted = 0
-
-    def delete_old_counts(self):
-        """Delete the counts of deliveries that are no longer shown."""
-        with self.database.transaction(STEP_SECONDS) as connection:
-            delete_old_counts(connection)
 
     def close(self):
         """Write what is only in memory, and close the database; the process ends."""
@@ -2021,7 +2792,7 @@ def start_clock():
 @web.before_request
 def guard_reading():
     """Let only those read who know API_TOKEN and name a trusted host, where these are set."""
-    if request.endpoint in ("web.receive_webhook", "web.show_health"):
+    if request.endpoint in ("web.receive_webhook", "web.show_health", "web.show_robots"):
         return
     settings = collector().settings
     hosts = settings["TRUSTED_HOSTS"]
@@ -2079,14 +2850,32 @@ def whole_link(path):
 
 
 def choose_form(*forms):
-    """Return the form to reply in: what ?format= says, else what the Accept header prefers, else the first."""
+    """Return the form to reply in: what ?format= says, else what the Accept header prefers.
+
+    The first of `forms` is replied in where the client does not say; earlier ones are preferred to
+    later ones that it names alike.
+    """
     asked = request.args.get("format")
     if asked and asked not in forms:
         abort(400, f"format={ascii(asked[:40])} is unknown here; use one of {', '.join(forms)}.")
-    if asked:
-        return asked
-    types = {FORMS[form]: form for form in forms}
-    return types[request.accept_mimetypes.best_match(types, FORMS[forms[0]])]
+    return asked or max(forms, key=preference)
+
+
+def preference(form):
+    """Return how much the client prefers a form: the quality, and how exactly Accept names it."""
+    types = {FORMS[form], "text/markdown"} if form == "text" else {FORMS[form]}
+    group = FORMS[form].partition("/")[0] + "/*"
+    accepted = [(0, 0)]
+    for media_range, quality in request.accept_mimetypes:
+        name = media_range.partition(";")[0].strip().lower()
+        if name in types:
+            accepted.append((3, quality))
+        elif name == group:
+            accepted.append((2, quality))
+        elif name == "*/*":
+            accepted.append((1, quality))
+    exactness, quality = max(accepted)
+    return quality, exactness
 
 
 def read_query(*names):
@@ -2163,60 +2952,67 @@ def reader(filters):
     return connection, narrow(connection, filters)
 
 
-def answer(form, state, render, links=None):
+def answer(form, state, render, next_page=None):
     """Reply in a form with what `render` returns, or with 304 to a client that has it.
 
     `state` is what tells the reply from others of the same address and form.
     """
-    address = [request.headers.get("Host"), request.scheme, request.full_path]
-    parts = as_json([STAMP, collector().settings["PUBLIC_URL"], form, *address, *state])
+    address = [request.headers.get("Host"), request.scheme, link(request.full_path)]
+    parts = as_json([STAMP, form, *address, *state])
     etag = hashlib.sha256(parts.encode()).hexdigest()[:32]
     if request.if_none_match.contains_weak(etag):
         response = Response(status=304)
     else:
         response = Response(render(), mimetype=FORMS[form])
     response.set_etag(etag)
-    if links:
-        response.headers["Link"] = links
+    if next_page:
+        response.headers["Link"] = f'<{next_page}>; rel="next"'
     return response
 
 
 # Reading
 
+ERROR_QUERY = (*FILTERS, "limit", "before", "after", "format", "refresh")  # parameters of /errors
+ISSUE_FILTERS = "q", "project", "level", "category", "server", "issue", "since", "until"
+LIST_FIELDS = ("q", *FACETS, "event", "since", "until")  # of the form of filters
+PAGE_ROWS = 50  # rows of a page or a feed
+FREE_STEP = 64 * 1024 * 1024  # bytes in whose multiples the free space of the disk is told
+FACETS_SHOWN = "project", "level", "release", "environment"  # filters whose values a list counts
 
-def freshness(connection):
-    """Return what a page changes with that shows neighbours, and how long ago things were."""
-    return [*select_extent(connection), int(time.time() // 60)]
+
+def minute():
+    """Return what a page changes with that says how long ago things were."""
+    return int(time.time() // 60)
 
 
-@web.get("/errors/latest/")
 @web.get("/errors/latest")
 def show_latest():
     """Show the newest error in full."""
-    form = choose_form("json", "html", "text")
+    form = choose_form("json", "text", "html")
     query = read_query(*FILTERS, "format", "refresh")
     refresh = read_number(query, "refresh", 5, 3600)
     filters = read_filters(query)
     connection, narrowed = reader(filters)
     rows, _ = select_errors(connection, narrowed, 1)
     if rows:
-        return show(connection, rows[0], form, refresh)
+        within = {name: value for name, value in query.items() if name in FILTERS}
+        return show(connection, rows[0], form, within, refresh)
     if filters:
         abort(404, "No error matches; /errors lists those there are.")
     return abort(404, "No error has come in yet; see / for how.")
 
 
-@web.get("/errors/<int:id_>/")
 @web.get("/errors/<int:id_>")
 def show_error(id_):
-    """Show one error in full."""
-    form = choose_form("json", "html", "text")
-    read_query("format")
-    connection = collector().database.reader()
-    return show(connection, find_row(connection, id_), form)
+    """Show one error in full; `within` is the query of the list whose neighbours its page shows."""
+    form = choose_form("json", "text", "html")
+    query = read_query("format", "within")
+    within = dict(parse_qsl(query.get("within", ""), max_num_fields=100))
+    within = {name: clean(value) for name, value in within.items() if name in FILTERS}
+    connection, _ = reader(read_filters(within))
+    return show(connection, find_row(connection, id_), form, within)
 
 
-@web.get("/errors/<int:id_>/payload/")
 @web.get("/errors/<int:id_>/payload")
 def show_payload(id_):
     """Show a delivery as it was received, byte for byte."""
@@ -2235,7 +3031,7 @@ def find_row(connection, id_):
 
 
 def find_body(connection, row):
-    """Return the body of a row's delivery (bytes); abort with 404 if it was deleted since the row was read."""
+    """Return the body of a row's delivery (bytes); abort with 404 if it was deleted meanwhile."""
     body = select_body(connection, row["id"])
     if body is None:
         abort_missing(row["id"])
@@ -2247,124 +3043,165 @@ def abort_missing(id_):
     abort(404, f"There is no error {str(id_)[:20]}; /errors lists those there are.")
 
 
-def show(connection, row, form, refresh=None):
-    """Reply with one error in full."""
-    occurrences = select_occurrences(connection, row)
-    url = whole_link(f"/errors/{row['id']}")
+def show(connection, row, form, within, refresh=None):
+    """Reply with one error in full; `within` are the filters of the list that its page stays in."""
+    error = summary(row, link("")) | {"occurrences": select_occurrences(connection, row)}
+    state = [error]
+    if form == "html":
+        page = neighbours(connection, row, within) | {"refresh": refresh, "latest_url": None}
+        if request.path.startswith("/errors/latest"):
+            turned = None if refresh else 30
+            page["latest_url"] = list_link(within, "/errors/latest", refresh=turned)
+        state += [page, minute()]
 
     def render():
         body = find_body(connection, row)
         if form == "json":
-            return as_json(detail(row, body, occurrences, link("")))
+            return as_json(detail(row, body, error["occurrences"], link("")))
         if form == "text":
-            return error_text(row, body, occurrences, url)
-        page = error_page(connection, row, body)
-        return render_template("detail.html", refresh=refresh, **page)
+            url = whole_link(f"/errors/{row['id']}")
+            return error_text(error, body, url if len(url) <= URL_LENGTH else error["url"])
+        return render_template("detail.html", **error_page(error, body), **page)
 
-    state = [dict(row), occurrences]
-    if form == "html":
-        state += freshness(connection)
     return answer(form, state, render)
 
 
-def error_page(connection, row, body):
-    """Return what the page of an error shows."""
-    parsed = parse_detail(load(body))
-    newer, older = select_neighbours(connection, row["id"])
-    siblings = []
+def neighbours(connection, row, within):
+    """Return what the page of an error shows of others: the next ones in a list, and its issue's."""
+    filters = narrow(connection, read_filters(within))
+    newer = find_errors(
+        connection, filters | {"after": row["id"]}, ["errors.id"], 1, oldest_first=True
+    ).fetchone()
+    older = find_errors(connection, filters | {"before": row["id"]}, ["errors.id"], 1).fetchone()
+    page = {
+        "within": within,
+        "newer": newer and error_link(newer["id"], within),
+        "older": older and error_link(older["id"], within),
+        "siblings": [],
+        "issue_url": None,
+    }
     if row["issue_id"]:
         same = {"issue": row["issue_id"]}
         if row["server"]:
             same["server"] = row["server"]
-        siblings, _ = select_errors(connection, same, 11)
-    chain = parsed["exceptions"][::-1]  # the one that gave the title first, then what caused it
-    has_frames = any(exception["frames"] for exception in chain)
-    if parsed["stacktrace"] and not has_frames:
-        chain = [{**(chain[0] if chain else {}), "frames": parsed["stacktrace"]}, *chain[1:]]
-    return {
-        "error": summary(row, link("")) | parsed,
-        "chain": chain,
-        "marked": any(frame["in_app"] for exception in chain for frame in exception["frames"]),
-        "newer": newer,
-        "older": older,
-        "siblings": [summary(other, link("")) for other in siblings if other["id"] != row["id"]],
-    }
+        rows, _ = select_errors(connection, same, 11)
+        page["siblings"] = [list_item(other, same) for other in rows if other["id"] != row["id"]]
+        page["issue_url"] = list_link(same)
+    return page
 
 
-@web.get("/errors/")
+def error_link(id_, within):
+    """Return the address of an error's page, which stays within the list with such filters."""
+    path = f"/errors/{id_}"
+    if within:
+        path += "?" + urlencode({"within": urlencode(within)})
+    return link(path)
+
+
+def list_item(row, within):
+    """Return an error for a table on a page, `within` being the filters of its list."""
+    return summary(row) | {"url": error_link(row["id"], within)}
+
+
 @web.get("/errors")
 def list_errors():
-    """List errors: a page of summaries or, as NDJSON, all of them in full."""
-    form = choose_form("json", "html", "text", "ndjson")
-    query = read_query(*FILTERS, "limit", "before", "after", "format", "refresh")
+    """List errors: a page of summaries, a feed or, as NDJSON, all of them in full."""
+    form = choose_form("json", "text", "html", "ndjson", "atom")
+    query = read_query(*ERROR_QUERY)
     limit = read_number(query, "limit", 1, 1000)
+    read_number(query, "refresh", 5, 3600)
     filters = read_filters(query)
     connection, narrowed = reader(filters)
-    oldest_first = "after" in filters
     if form == "ndjson":
         state = select_extent(connection)
-        if (
-            "since" in filters or "until" in filters
-        ):  # what is in a period changes by the clock alone
-            state = [now()]
+        if "since" in filters or "until" in filters:
+            state = [now()]  # what is in a period changes by the clock alone
         return answer(form, state, lambda: export(collector().database, narrowed, limit, link("")))
-    limit = limit or (50 if form == "html" else 100)
+    limit = limit or (PAGE_ROWS if form in ("html", "atom") else 100)
+    if form == "atom":
+        limit = min(limit, PAGE_ROWS)
+    oldest_first = "after" in filters
     rows, has_more = select_errors(connection, narrowed, limit, oldest_first)
     next_page = None
     if has_more:
         direction = "after" if oldest_first else "before"
         next_page = list_link(query, **{direction: rows[-1]["id"]})
-    state = [[dict(row) for row in rows], has_more]
+    errors = [summary(row, link("")) for row in rows]
+    state = [errors, has_more]
     if form == "html":
-        state += freshness(connection)
+        page = list_page(connection, query, narrowed, rows, has_more)
+        state = [page, minute()]
 
     def render():
         if form == "json":
-            return as_json([summary(row, link("")) for row in rows])
+            return as_json(errors)
         if form == "text":
-            return errors_text(
-                rows, next_page and whole_link("") + next_page.removeprefix(link(""))
-            )
-        page = list_page(connection, query, narrowed, rows, has_more)
-        return render_template("list.html", **page)
+            next_url = next_page and whole_link(next_page.removeprefix(link("")))
+            return list_text([error_line(row) for row in rows], next_url, "no errors")
+        if form == "atom":
+            return feed(query, errors)
+        return render_template("list.html", page_url=list_link, **page)
 
-    return answer(form, state, render, next_page and f'<{next_page}>; rel="next"')
+    return answer(form, state, render, next_page)
 
 
-def list_link(query, **changes):
-    """Return the address of /errors for a query with changes, None taking a parameter out."""
+def feed(query, errors):
+    """Return errors as an Atom feed."""
+    updated = errors[0]["received_at"] if errors else "1970-01-01T00:00:00Z"
+    page = list_link(query, format=None).removeprefix(link(""))
+    feed_path = list_link(query, format="atom").removeprefix(link(""))
+    words = render_template(
+        "feed.xml",
+        errors=errors,
+        updated=updated,
+        root=whole_link("/errors/"),
+        feed_url=whole_link(feed_path),
+        page_url=whole_link(page),
+    )
+    return words.replace(CUT, "…")
+
+
+def list_link(query, path="/errors", **changes):
+    """Return the address of a list for a query with changes, None taking a parameter out."""
     changed = query | changes
     parameters = urlencode({name: value for name, value in changed.items() if value is not None})
-    return link("/errors") + (f"?{parameters}" if parameters else "")
+    return link(path) + (f"?{parameters}" if parameters else "")
+
+
+def without(query, *names):
+    """Return a query without some of its parameters."""
+    return {name: value for name, value in query.items() if name not in names}
 
 
 def list_page(connection, query, filters, rows, has_more):
-    """Return what the page of a list shows; its chart and counts are of the newest 10,000 errors that match."""
+    """Return what the page of a list shows; its chart and counts are of the newest 10,000 that match."""
     oldest_first = "after" in filters
-    plain_query = {name: value for name, value in query.items() if name not in ("before", "after")}
     has_newer = "before" in filters
     has_older = has_more
     if oldest_first:
         rows = rows[::-1]
         has_newer = has_more
         has_older = True
-    paging = ("before", "after")
-    wide = {name: value for name, value in filters.items() if name not in paging}
-    seen = select_overview(connection, wide)
+    plain_query = without(query, "before", "after")
+    within = {name: value for name, value in query.items() if name in FILTERS}
+    seen = select_overview(connection, without(filters, "before", "after"))
+    facets = {}
+    for name in FACETS_SHOWN:
+        facets[name] = count_values(name, [row[name] for row in seen], plain_query)
+    bars = chart([row["received_at"] for row in seen])
+    for bar in bars["bars"] if bars else []:
+        bar["url"] = list_link(plain_query, since=bar["since"], until=bar["until"])
     return {
-        "errors": [summary(row, link("")) for row in rows],
+        "errors": [list_item(row, within) for row in rows],
         "query": query,
+        "fields": LIST_FIELDS,
         "refresh": query.get("refresh"),
-        "filtered": bool(wide),
+        "filtered": bool(within),
         "newer": list_link(plain_query, after=rows[0]["id"]) if rows and has_newer else None,
         "older": list_link(plain_query, before=rows[-1]["id"]) if rows and has_older else None,
-        "chart": chart([at for at, _, _ in seen]),
+        "chart": bars,
         "seen": len(seen),
-        "facets": {
-            "project": count_values("project", [project for _, project, _ in seen], plain_query),
-            "level": count_values("level", [level for _, _, level in seen], plain_query),
-        },
-        "page_url": list_link,
+        "facets": facets,
     }
 
 
@@ -2382,17 +3219,63 @@ def export(database, filters, limit, base):
     left = limit or math.inf
     has_more = True
     while has_more and left > 0:
-        rows, has_more = select_errors(
-            database.reader(), filters, int(min(left, 100)), oldest_first
-        )
+        count = int(min(left, 100))
+        rows, has_more = select_errors(database.reader(), filters, count, oldest_first)
+        counted = {}  # occurrences by issue, of this read only
         for row in rows:
             connection = database.reader()
             body = select_body(connection, row["id"])
-            if body is not None:  # None: deleted meanwhile
-                yield as_json(detail(row, body, select_occurrences(connection, row), base))
+            if body is None:  # deleted meanwhile
+                continue
+            key = (row["issue_id"], row["server"])
+            if key not in counted:
+                counted[key] = select_occurrences(connection, row)
+            yield as_json(detail(row, body, counted[key], base))
         left -= len(rows)
         if rows:
             filters = filters | {"after" if oldest_first else "before": rows[-1]["id"]}
+
+
+@web.get("/issues")
+def list_issues():
+    """List issues, the most recently seen first."""
+    form = choose_form("json", "text", "html")
+    query = read_query(*ISSUE_FILTERS, "limit", "before", "format", "refresh")
+    limit = read_number(query, "limit", 1, 1000) or (PAGE_ROWS if form == "html" else 100)
+    refresh = read_number(query, "refresh", 5, 3600)
+    filters = read_filters(query)
+    if "event" in filters:  # which q becomes where it is an event id
+        filters["q"] = filters.pop("event")
+    database = collector().database
+    if "q" in filters:
+        complete_index(database)
+    rows, has_more = select_issues(database.reader(), filters, limit)
+    issues = [issue(row, link("")) for row in rows]
+    next_page = list_link(query, "/issues", before=rows[-1]["newest"]) if has_more else None
+    state = [issues, has_more]
+    if form == "html":
+        state.append(minute())
+
+    def render():
+        if form == "json":
+            return as_json(issues)
+        if form == "text":
+            next_url = next_page and whole_link(next_page.removeprefix(link("")))
+            return list_text([issue_line(row) for row in rows], next_url, "no issues")
+        for row in issues:
+            row["newest_url"] = error_link(row["newest"], {"issue": row["issue_id"]})
+        return render_template(
+            "issues.html",
+            issues=issues,
+            query=query,
+            fields=ISSUE_FILTERS,
+            filtered=any(name in query for name in ISSUE_FILTERS),
+            older=next_page,
+            refresh=refresh,
+            page_url=list_link,
+        )
+
+    return answer(form, state, render, next_page)
 
 
 def describe_state():
@@ -2403,8 +3286,10 @@ def describe_state():
         "newest": None,
         "oldest": None,
         "last_delivery_at": None,
+        "last_refusal": None,
         "deliveries": [],
         "database_bytes": None,
+        "free_bytes": free_bytes(shared.database.path),
         "problem": None,
     }
     try:
@@ -2415,14 +3300,25 @@ def describe_state():
         if newest:
             state["newest"] = summary(newest[0], link(""))
             state["oldest"] = summary(oldest[0], link(""))
-        state["deliveries"] = select_deliveries(connection)
-        times = [row["last_at"] for row in state["deliveries"]]
-        state["last_delivery_at"] = max(times, default=None)
+        state |= describe_deliveries(connection)
         state["database_bytes"] = database_bytes(connection)
     except (sqlite3.Error, OSError) as error:
         shared.database.close_connection()
         state["problem"] = f"The database cannot be read: {error}."
     return state
+
+
+def describe_deliveries(connection):
+    """Return the deliveries by outcome and reason, with the cure where there is one."""
+    deliveries = select_deliveries(connection)
+    for row in deliveries:
+        row["cure"] = CURES.get(row["reason"])
+    refused = [row for row in deliveries if row["outcome"] == "refused"]
+    return {
+        "deliveries": deliveries,
+        "last_delivery_at": max((row["last_at"] for row in deliveries), default=None),
+        "last_refusal": refused[0] if refused else None,
+    }
 
 
 def describe_config():
@@ -2452,9 +3348,12 @@ ABOUT = {
         "GET /errors/<id>": "one error, in full; format=json|html|text",
         "GET /errors/<id>/payload": "the delivery as it was received, byte for byte",
         "GET /errors": "summaries, newest first; filters as above, limit, before, after; "
-        "format= also ndjson, in full",
+        "format= also ndjson, in full, and atom, a feed",
+        "GET /issues": f"issues, the most recently seen first; {', '.join(ISSUE_FILTERS)}, limit, "
+        "before; format=json|html|text",
         "GET /": "this overview",
         "GET /config": "the configuration, without secrets",
+        "GET /metrics": "counts, in the text format of Prometheus",
         "GET /health": "200 if a row can be committed, else 503",
     },
 }
@@ -2464,6 +3363,31 @@ STEPS = (
     "For stack traces on every plan: Alert Rule Action on, the integration as an action of an alert "
     "rule, SENTRY_ACTIONS=created,triggered here. Then its Client Secret as SENTRY_CLIENT_SECRET here."
 )
+SECRET_CURE = "set SENTRY_CLIENT_SECRET to the Client Secret of the integration that sends"
+# What to do about deliveries that were refused, ignored or queued, by the reason they are counted under.
+CURES = {
+    "signature missing": "send through an internal integration; the legacy plugin cannot sign",
+    "signature wrong": SECRET_CURE,
+    "signature length": SECRET_CURE,
+    "white space in secret": "remove the white space around SENTRY_CLIENT_SECRET",
+    "quotes around secret": "remove the quotes around SENTRY_CLIENT_SECRET",
+    "body rewritten": "make the proxy in between pass the bytes on as they are",
+    "wrong address": "set the integration's Webhook URL to the address below",
+    "too large": "raise MAX_BODY_BYTES",
+    "cut short": "look at the proxy in between; it ends requests before they are whole",
+    "sent by a web page": "none is needed: only Sentry, or a program of yours, may post here",
+    "gzip": "make the proxy in between pass the bytes on as they are",
+    "byte order mark": "send JSON text without a byte order mark",
+    "not UTF-8": "send JSON text encoded as UTF-8",
+    "not JSON": "point only Sentry's webhooks here",
+    "no object": "point only Sentry's webhooks here",
+    "no delivery": "point only Sentry's webhooks here",
+    "disk": "free space on the disk; Sentry does not send these again",
+    "no error": "none is needed: these tell of no new error",
+    "action not accepted": "set SENTRY_ACTIONS=created,triggered to take issue alerts",
+    "database locked": "end the program that holds the database's lock; these are kept in the spool",
+    "database not writable": "see /health; these are kept in the spool",
+}
 
 
 @web.get("/")
@@ -2475,21 +3399,39 @@ def show_overview():
     if form == "json":
         return answer(form, [about], lambda: as_json(about))
     page = about | {"config": describe_config()}
-    state = [page, int(time.time() // 60)]
-    return answer(form, state, lambda: render_template("overview.html", **page))
+    return answer(form, [page, minute()], lambda: render_template("overview.html", **page))
 
 
-@web.get("/config/")
 @web.get("/config")
 def show_config():
     """Show the configuration, no secret in it, and how deliveries fare."""
     state = describe_state()
     config = describe_config() | {"spooled": state["counts"]["spooled"]}
-    config |= {name: state[name] for name in ("last_delivery_at", "deliveries", "problem")}
+    for name in ("oldest", "newest"):
+        error = state[name] or {"received_at": None}
+        config[f"{name}_error_at"] = error["received_at"]
+    for name in ("database_bytes", "free_bytes", "last_delivery_at", "last_refusal", "deliveries"):
+        config[name] = state[name]
+    config["problem"] = state["problem"]
     return answer("json", [config], lambda: as_json(config))
 
 
-@web.get("/health/")
+@web.get("/metrics")
+def show_metrics():
+    """Show counts in the text format of Prometheus."""
+    state = describe_state()
+    last = state["last_delivery_at"]
+    seconds = datetime.fromisoformat(last).timestamp() if last else None
+    words = render_template("metrics.txt", **state, last_delivery_seconds=seconds)
+    return Response(words, content_type="text/plain; version=0.0.4; charset=utf-8")
+
+
+@web.get("/robots.txt")
+def show_robots():
+    """Show crawlers that nothing here is for them."""
+    return Response("User-agent: *\nDisallow: /\n", mimetype=FORMS["text"])
+
+
 @web.get("/health")
 def show_health():
     """Show whether an error that comes in now would be committed."""
@@ -2508,7 +3450,7 @@ def cure_of(error):
     """Return what to do about a database that cannot be written."""
     if is_busy(error):
         return "end the program that holds its lock, or wait for it"
-    code = getattr(error, "sqlite_errorcode", 0) & 0xFF
+    code = primary_code(error)
     if code == sqlite3.SQLITE_FULL or getattr(error, "errno", 0) == errno.ENOSPC:
         return "free space on the disk"
     if code in (sqlite3.SQLITE_CORRUPT, sqlite3.SQLITE_NOTADB):
@@ -2621,8 +3563,12 @@ def backup_command(file):
             click.echo(f"\r{share:4.0%} ", nl=False, err=True)
 
     try:
+        was_at_rest = is_at_rest(path)
         with closing(open_read_only(path)) as source:
             copy_database(source, file, report)
+        if was_at_rest and not is_at_rest(path):
+            file.unlink()
+            raise click.ClickException("The service has started meanwhile; make the backup again.")
         with closing(open_read_only(file)) as copy:
             errors = count_errors(copy)
     except (sqlite3.Error, OSError) as error:
@@ -2661,16 +3607,116 @@ def restore_command(file, yes):
 def health_command():
     """Exit with status 0 if the service answers on its port that it is healthy."""
     port = collector().settings["PORT"]
+    try:
+        status, words = ask_health(port)
+    except (OSError, http.client.HTTPException) as error:
+        raise click.ClickException(f"no answer on port {port}: {error}") from None
+    if status != 200:
+        raise click.ClickException(words)
+    click.echo(words)
+
+
+def ask_health(port):
+    """Return the status and the text of /health of the service on a port of this machine."""
     connection = http.client.HTTPConnection("127.0.0.1", port, timeout=4)
     try:
         connection.request("GET", "/health")
         response = connection.getresponse()
-        words = response.read().decode().strip()
+        return response.status, response.read().decode(errors="replace").strip()
+    finally:
+        connection.close()
+
+
+@web.cli.command("doctor")
+def doctor_command():
+    """Check the installation and say what to do about each fault; exit with status 1 if there is one."""
+    checks = check_settings, check_data, check_database, check_disk, check_spool, check_service
+    has_fault = False
+    for check in checks:
+        for verdict, words in check(collector()):
+            click.echo(f"{verdict:6} {words}")
+            has_fault |= verdict == "FAULT"
+    if has_fault:
+        sys.exit(1)
+
+
+def check_settings(shared):
+    """Return the doctor's lines, as (verdict, words), about the settings, which are valid by now."""
+    lines = [("ok", "the settings are valid")]
+    remarks = {
+        "SENTRY_CLIENT_SECRET": "anybody who reaches the port can post",
+        "API_TOKEN": "anybody who reaches the port can read",
+        "RETENTION_DAYS": "errors are kept for ever",
+    }
+    for name, words in remarks.items():
+        if not shared.settings[name]:
+            lines.append(("note", f"{name} is not set: {words}"))
+    return lines
+
+
+def check_data(shared):
+    """Return the doctor's lines about the data folder."""
+    folder = shared.database.path.parent
+    if not folder.is_dir():
+        return [("note", f"{folder} is not there; it is made at the start")]
+    if not os.access(folder, os.W_OK | os.X_OK):
+        owner = folder.stat().st_uid
+        words = f"{folder} belongs to uid {owner} and uid {os.getuid()} cannot write it; chown it"
+        return [("FAULT", words)]
+    return [("ok", f"{folder} can be written; journal mode {shared.database.journal_mode}")]
+
+
+def check_database(shared):
+    """Return the doctor's lines about the database."""
+    path = shared.database.path
+    if not path.exists():
+        return [("note", f"{path} is not there; it is made at the start")]
+    try:
+        errors = check_backup(path)
+        size = path.stat().st_size
+    except (ValueError, sqlite3.Error, OSError) as error:
+        restore_words = "'flask --app collector restore FILE' puts a backup in its place"
+        return [("FAULT", f"{error}; {restore_words}")]
+    return [("ok", f"{path} is whole: {errors} errors, {size} bytes")]
+
+
+def check_disk(shared):
+    """Return the doctor's lines about the free space."""
+    folder = shared.database.path.parent
+    while not folder.exists():
+        folder = folder.parent
+    free = free_bytes(folder)
+    if free < SPOOL_FREE_BYTES:
+        return [("FAULT", f"the disk has {free} bytes left; free some, or set RETENTION_DAYS")]
+    return [("ok", f"the disk has {free // 1024**2} MB left")]
+
+
+def check_spool(shared):
+    """Return the doctor's lines about the spool."""
+    waiting = len(shared.spool.names())
+    rejected = len(list(shared.spool.folder.glob("*.rejected")))
+    lines = [("ok", f"{waiting} deliveries wait in the spool")]
+    if waiting > SPOOL_LIMIT * SPOOL_NEARLY_FULL:
+        words = f"{waiting} deliveries wait in the spool, its limit is {SPOOL_LIMIT}; see /health for the cause"
+        lines = [("FAULT", words)]
+    if rejected:
+        words = f"{rejected} spooled deliveries could not be stored; look at *.rejected in {shared.spool.folder}"
+        lines.append(("FAULT", words))
+    return lines
+
+
+def check_service(shared):
+    """Return the doctor's lines about the running service."""
+    port = shared.settings["PORT"]
+    try:
+        status, words = ask_health(port)
     except (OSError, http.client.HTTPException) as error:
-        raise click.ClickException(f"no answer on port {port}: {error}") from None
-    if response.status != 200:
-        raise click.ClickException(words)
-    click.echo(words)
+        return [
+            ("FAULT", f"nothing answers on port {port} ({error}); start the service, or set PORT")
+        ]
+    if status != 200:
+        return [("FAULT", f"the service is not healthy: {words}")]
+    return [("ok", f"the service on port {port} stores errors")]
 
 
 # --------------------------------------------------------------------------------------------------
@@ -2797,7 +3843,7 @@ def read_settings(config=None):
         "PUBLIC_URL": read_public_url(settings),
         "TRUSTED_HOSTS": read_list(settings, "TRUSTED_HOSTS"),
         "RETENTION_DAYS": read_whole_number(settings, "RETENTION_DAYS", 1, 36500) if days else None,
-        "MAX_BODY_BYTES": read_whole_number(settings, "MAX_BODY_BYTES", 1, 512 * 1024 * 1024),
+        "MAX_BODY_BYTES": read_whole_number(settings, "MAX_BODY_BYTES", 1, 32 * 1024 * 1024),
         "WEB_CONCURRENCY": read_whole_number(settings, "WEB_CONCURRENCY", 1, 256),
         "PORT": read_whole_number(settings, "PORT", 1, 65535),
     }
@@ -2904,6 +3950,7 @@ def create_app(config=None):
     start_log()
     settings = read_settings(config)
     app = Flask(__name__, static_folder=None)
+    app.url_map.strict_slashes = False
     app.url_map.merge_slashes = False  # it would redirect, which Sentry takes for success
     shared = Collector(settings)
     app.extensions["collector"] = shared

@@ -10,7 +10,7 @@ from conftest import SECRET, event_payload, isolate, load, post, sign, wire
 from test_parsing import BASES, FIELD_TABLE, SAMPLES, positions, put
 from test_reading import DETAIL_KEYS, SUMMARY_KEYS, read_text
 
-from collector import create_app
+from collector import create_app, delete_errors
 
 if not os.environ.get("CI"):  # there it must not be missing
     pytest.importorskip(
@@ -48,7 +48,10 @@ TEXT = st.text(st.characters(exclude_categories=()), max_size=40) | st.sampled_f
 NUMBERS = (
     st.integers() | st.integers(-(2**80), 2**80) | st.floats(allow_nan=False, allow_infinity=False)
 )
-KEYS = "type value values frames key data id name slug level message function filename lineno in_app url".split()
+KEYS = (
+    "type value values frames key data id name slug level message function filename lineno in_app url vars package "
+    "context password timestamp exception_id thread_id mechanism stacktrace"
+).split()
 JSON = st.recursive(
     st.none() | st.booleans() | NUMBERS | TEXT,
     lambda inner: (
@@ -63,7 +66,10 @@ PATHS = {
     )
     for shape in BASES
 }
-MORE_PATHS = "exception/values threads stacktrace/frames breadcrumbs/values request tags contexts entries".split()
+MORE_PATHS = (
+    "exception/values threads stacktrace/frames breadcrumbs/values request tags contexts entries main_exception_id "
+    "occurrence user extra csp request/headers request/query_string request/data context metadata/filename"
+).split()
 
 
 @pytest.fixture(scope="module")
@@ -79,8 +85,8 @@ def app(tmp_path_factory):
 
 def empty(app):
     """Delete what the last example left."""
-    with app.extensions["collector"].database.turn() as connection:
-        connection.execute("DELETE FROM errors")
+    with app.extensions["collector"].database.transaction() as connection:
+        delete_errors(connection, [id_ for (id_,) in connection.execute("SELECT id FROM errors")])
     return app.test_client()
 
 
