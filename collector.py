@@ -2668,7 +2668,7 @@ def read_body(limit):
     stream = request.environ["wsgi.input"]
     try:
         body = stream.read(limit + 1 if length is None else length)
-    except OSError:  # a chunk that is none, or a connection that broke off
+    except Exception:  # what gunicorn raises for a chunk that is none, or the connection's fault
         body = None
     if body is None or len(body) < (length or 0):
         words = "The delivery broke off before all of it had come; send it again, faster."

@@ -6,6 +6,7 @@ from collections import Counter
 
 import pytest
 from conftest import SECRET, core, count_rows, counts, event_payload, load, post, sign, wire
+from gunicorn.http.errors import InvalidChunkSize, NoMoreData
 from test_parsing import BAD_BODIES, NO_ERRORS, SAMPLES
 from werkzeug.test import EnvironBuilder, run_wsgi_app
 
@@ -358,19 +359,27 @@ def test_a_chunked_body_is_signed_like_any_other(make_app):
 
 
 class BrokenStream(io.BytesIO):
-    """A body that gunicorn cannot read to its end, because a chunk is none."""
+    """A body that gunicorn cannot read to its end."""
+
+    def __init__(self, error):
+        self.error = error
 
     def read(self, size=-1):
-        raise OSError("Invalid chunk size")
+        raise self.error
+
+
+@pytest.mark.parametrize("error", [TimeoutError(), InvalidChunkSize("zz"), NoMoreData("")])
+def test_a_chunked_body_that_cannot_be_read_is_refused(app, client, error):
+    reply = send_stream(app, b"", **CHUNKED, **{"wsgi.input": BrokenStream(error)})
+    check_refused(app, reply, 400, "broke off", "again")
+    assert counts(client) == {("refused", "cut short"): 1}
 
 
 def test_a_body_that_breaks_off_is_refused(app, client):
     body = wire(event_payload())
-    cut_short = send_stream(app, body, CONTENT_LENGTH=str(len(body) + 1))
-    check_refused(app, cut_short, 400, "broke off", "again")
-    broken = send_stream(app, body, **CHUNKED, **{"wsgi.input": BrokenStream()})
-    check_refused(app, broken, 400, "broke off")
-    assert counts(client) == {("refused", "cut short"): 2}
+    reply = send_stream(app, body, CONTENT_LENGTH=str(len(body) + 1))
+    check_refused(app, reply, 400, "broke off", "again")
+    assert counts(client) == {("refused", "cut short"): 1}
 
 
 @pytest.mark.parametrize("length", ["-5", "many", "+20", "2_0", "２０"])
