@@ -1911,7 +1911,6 @@ SOURCE_LINES = 3  # source lines around the one that failed
 LONG_LINE = 100  # characters of a source line above which its column is told, too
 LINE_SHOWN = 160  # most characters of a source line in a text form
 VARIABLES_SHOWN = 1000  # characters of variables after which the others are left out
-OPEN_FRAMES = 15  # frames of a trace that its page shows without being asked, the newest ones
 INNERMOST = "caused by (innermost)"  # role of the exception that was raised first
 CUT = "\ue000"  # stands for what a line of a text form lost; no text of an error may have it
 HIDDEN_CATEGORIES = "Cc", "Cf", "Cn", "Co", "Cs", "Zl", "Zp"  # Unicode's, of what has no picture
@@ -2207,13 +2206,14 @@ def closely(frame):
 def trace_lines(exception, marked):
     """Yield the lines of an exception's trace, the oldest call first, library frames folded."""
     frames = exception["frames"]
+    shown_closely = own_frame(frames) if frames and is_close(exception) else None
     for is_library, run in fold(frames, marked):
         if is_library:
             yield f"[{len(run)} library frame{'s' if len(run) > 1 else ''}]"
             continue
         for frame in run:
             yield flat(place(frame), 300)
-            if is_close(exception) and frame is own_frame(frames):
+            if frame is shown_closely:
                 yield from closely(frame)
             elif frame["context_line"]:
                 yield "    " + source_line(frame["context_line"], frame["colno"]).strip()
