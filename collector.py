@@ -2112,9 +2112,9 @@ def fold(frames, marked=False):
     return runs
 
 
-def last_part(path):
-    """Return the last part of a path of any system."""
-    return re.split(r"[/\\]", path)[-1] or path
+def last_part(package):
+    """Return the last part of a package, a path of any system or a .NET assembly with its version."""
+    return re.split(r"[/\\]", package)[-1].partition(", Version=")[0] or package
 
 
 def qualified(frame):
@@ -2126,6 +2126,8 @@ def qualified(frame):
     is_said = path in re.sub(r"[.:\\]+", "/", file) or function.startswith(module)
     if is_said or module.startswith(("<", "__main__")):
         return function
+    if " " in function.partition("(")[0]:  # it begins with what it returns
+        return f"{function} of {module}"
     return f"{module}.{function}"
 
 
