@@ -1507,7 +1507,7 @@ def test_issues_are_listed_by_their_newest_error(app):
     maintain(app)
     connection = core(app).database.connection()
     for filters, expected in ISSUE_SEARCHES:
-        issues = collector.select_issues(connection, filters, 10)
+        issues, _ = collector.select_issues(connection, filters, 10)
         listed = [(issue["newest"], issue["count"], issue["title"]) for issue in issues]
         assert listed == expected, filters
 
@@ -1613,7 +1613,7 @@ def test_deliveries_are_counted_by_ten_minutes_hour_day_and_in_all(app, client):
     assert row["last_at"] == times["now"]
 
 
-def test_old_counts_go(app):
+def test_old_counts_lose_their_time(app):
     days = {"old": 91, "young": 89}
     with core(app).database.transaction() as connection:
         for reason, ago in days.items():
