@@ -1,5 +1,10 @@
 """Receive Sentry's webhooks, keep every new error, and give the latest one back."""
 
+import sys
+
+if sys.version_info < (3, 11):  # noqa: UP036
+    sys.exit(f"The collector needs Python 3.11 or newer, this is {sys.version.split()[0]}.")
+
 import base64
 import codecs
 import errno
@@ -14,7 +19,6 @@ import os
 import re
 import sqlite3
 import string
-import sys
 import threading
 import time
 import unicodedata
