@@ -2971,7 +2971,7 @@ def show_error(id_):
     """Show one error in full; `within` is the query of the list whose neighbours its page shows."""
     form = choose_form("json", "text", "html")
     query = read_query("format", "within")
-    within = dict(parse_qsl(query.get("within", ""), max_num_fields=100))
+    within = dict(parse_qsl(query.get("within", "")))
     within = {name: clean(value) for name, value in within.items() if name in FILTERS}
     connection, _ = reader(read_filters(within))
     return show(connection, find_row(connection, id_), form, within)
