@@ -1631,9 +1631,7 @@ class Counts:
             count = count + excluded.count, last_at = max(last_at, excluded.last_at)"""
         with database.transaction(STEP_SECONDS) as connection:
             connection.executemany(sql, rows)
-            connection.execute(
-                "DELETE FROM deliveries WHERE period < ?", (now(days=DELIVERY_DAYS),)
-            )
+            add_up_old_counts(connection)
         self.pending.clear()
 
 
