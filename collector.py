@@ -12,7 +12,6 @@ import logging
 import math
 import os
 import re
-import shutil
 import sqlite3
 import string
 import sys
@@ -859,14 +858,15 @@ WAIT_SECONDS = 0.5  # longest wait of a delivery for the turn and the database's
 PAUSE_SECONDS = 2  # time for which a worker leaves a database alone that it could not write
 READ_SECONDS = 0.5  # longest time for the queries of one page, or of one part of an export
 STEP_SECONDS = 0.05  # longest time of one step of maintenance
-BUSY = sqlite3.SQLITE_BUSY, sqlite3.SQLITE_LOCKED  # error codes of a lock that another holds
 LOCAL_FILE_SYSTEMS = (
     "bcachefs btrfs ext2 ext3 ext4 f2fs jfs overlay ramfs reiserfs tmpfs xfs zfs".split()
 )
+LONG_WAL_PAGES = 4096  # pages of a WAL that is worth cutting
 CHECKPOINT_TRANSACTIONS = 50  # transactions of a worker after which it moves the WAL into the file
 SPOOL_BATCH = 50  # spooled deliveries that are stored in one transaction
 SPOOL_BATCH_BYTES = 1024 * 1024  # bytes of their compressed bodies, after which a batch is full
 SPOOL_LIMIT = 100_000  # deliveries in the spool
+SPOOL_NEARLY_FULL = 0.9  # share of it from which on the log says so
 SPOOL_FREE_BYTES = 64 * 1024 * 1024  # bytes of the disk that the spool leaves free
 INDEX_BATCH = 200  # errors that are added to the search index in one transaction
 DELETE_BATCH = 50  # expired errors that are deleted in one transaction
@@ -906,17 +906,26 @@ def choose_journal_mode(folder, mounts=Path("/proc/self/mountinfo")):
     return "PERSIST"
 
 
+def busy_error(words):
+    """Return the error that SQLite would raise for a lock that another process holds."""
+    error = sqlite3.OperationalError(words)
+    error.sqlite_errorcode = sqlite3.SQLITE_BUSY
+    return error
+
+
+def primary_code(error):
+    """Return SQLite's code of an error, without what the extended codes add, or 0."""
+    return getattr(error, "sqlite_errorcode", 0) & 0xFF
+
+
 def is_busy(error):
     """Return True if an attempt failed only because another process holds a lock."""
-    if isinstance(error, BlockingIOError):
-        return True
-    code = getattr(error, "sqlite_errorcode", 0)
-    return code & 0xFF in BUSY  # the primary code; extended ones tell the kind of lock
+    return primary_code(error) in (sqlite3.SQLITE_BUSY, sqlite3.SQLITE_LOCKED)
 
 
 def is_interrupted(error):
     """Return True if a query was ended because it took too long."""
-    return getattr(error, "sqlite_errorcode", 0) == sqlite3.SQLITE_INTERRUPT
+    return primary_code(error) == sqlite3.SQLITE_INTERRUPT
 
 
 def read_steps():
@@ -962,8 +971,6 @@ class Database:
             self.read_until = math.inf
             self.prepare(connection)
             connection.execute("PRAGMA synchronous = FULL")
-            # A WAL that a long read of another program let grow is cut to this many bytes.
-            connection.execute("PRAGMA journal_size_limit = 16777216")
             # SQLite's own checkpoint would delay the reply to whoever comes next.
             connection.execute("PRAGMA wal_autocheckpoint = 0")
         except BaseException:
@@ -985,11 +992,11 @@ class Database:
             with self.turn(time.monotonic() + WAIT_SECONDS):
                 connection.execute(f"PRAGMA journal_mode = {self.journal_mode}")
                 self.upgrade(connection)
-        except (BlockingIOError, sqlite3.OperationalError) as error:
+        except sqlite3.OperationalError as error:
             if is_busy(error) and 0 < version < SCHEMA_VERSION:
                 change = f"from version {version} to {SCHEMA_VERSION}"
-                raise sqlite3.OperationalError(
-                    f"its schema has to be changed {change}, and another process holds its lock"
+                raise busy_error(
+                    f"its schema is being changed {change}, or waits for that"
                 ) from error
             raise
 
@@ -1020,6 +1027,7 @@ class Database:
                 connection.executescript(
                     f"BEGIN IMMEDIATE; {script}; PRAGMA user_version = {SCHEMA_VERSION}; COMMIT"
                 )
+                connection.execute("PRAGMA wal_checkpoint(TRUNCATE)").fetchall()
         finally:
             if connection.in_transaction:
                 connection.execute("ROLLBACK")
@@ -1028,7 +1036,7 @@ class Database:
 
     @contextmanager
     def turn(self, deadline):
-        """Hold the lock that all writers of the collector take, or raise BlockingIOError at the deadline."""
+        """Hold the lock that all writers of the collector take in the block; wait for it until `deadline`."""
         if self.lock is None:
             # A file of its own: closing any other descriptor of the database drops SQLite's locks.
             self.lock = open(f"{self.path}.lock", "ab")
@@ -1036,11 +1044,9 @@ class Database:
             try:
                 fcntl.flock(self.lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
                 break
-            except BlockingIOError as error:
+            except BlockingIOError:
                 if time.monotonic() > deadline:
-                    raise BlockingIOError(
-                        error.errno, "another process of the collector is writing"
-                    ) from None
+                    raise busy_error("another process of the collector is writing") from None
             time.sleep(0.0002)
         try:
             yield
@@ -1092,7 +1098,11 @@ class Database:
             return
         # In turn with the writers: SQLite before 3.51.3 may corrupt a WAL written and reset at once.
         with self.turn(time.monotonic()):
-            self.connection().execute("PRAGMA wal_checkpoint(PASSIVE)").fetchall()
+            connection = self.connection()
+            moved = connection.execute("PRAGMA wal_checkpoint(PASSIVE)").fetchone()
+            is_long = moved[1] > LONG_WAL_PAGES  # a long read of another program has let it grow
+            if is_long and moved[1] == moved[2]:
+                connection.execute("PRAGMA wal_checkpoint(TRUNCATE)").fetchall()
         self.transactions = 0
 
     def close_connection(self):
@@ -1600,7 +1610,7 @@ def delete_expired(database, days):
 
 
 class Counts:
-    """The deliveries by outcome and reason, kept in memory until a transaction takes them along."""
+    """The deliveries by outcome and reason that this worker has not written yet."""
 
     def __init__(self):
         self.pending = {}  # (count, time of the last) by (period, outcome, reason)
@@ -1612,15 +1622,17 @@ class Counts:
         count, _ = self.pending.get(key, (0, at))
         self.pending[key] = (count + 1, at)
 
-    def write(self, connection, outcome=None):
-        """Add the pending counts, and `outcome`, in a transaction; its caller clears `pending` afterwards."""
+    def write(self, database):
+        """Add the pending counts to the database, if there are any."""
+        if not self.pending:
+            return
         rows = [(*key, *value) for key, value in self.pending.items()]
-        if outcome:
-            at = now()
-            rows.append((period_of(at), outcome, "", 1, at))
         sql = """INSERT INTO deliveries VALUES (?, ?, ?, ?, ?) ON CONFLICT DO UPDATE SET
             count = count + excluded.count, last_at = max(last_at, excluded.last_at)"""
-        connection.executemany(sql, rows)
+        with database.transaction(STEP_SECONDS) as connection:
+            connection.executemany(sql, rows)
+            add_up_old_counts(connection)
+        self.pending.clear()
 
 
 def period_of(at):
@@ -1644,7 +1656,7 @@ def select_deliveries(connection):
     return [dict(row) for row in connection.execute(sql, starts)]
 
 
-def delete_old_counts(connection):
+def add_up_old_counts(connection):
     """Add up the counts of more than DELIVERY_DAYS ago, so that the sums never fall."""
     limit = (now(days=DELIVERY_DAYS),)
     sql = """INSERT INTO deliveries SELECT '', outcome, reason, sum(count), max(last_at)
@@ -1690,14 +1702,13 @@ class Spool:
         if time.monotonic() > self.counted_at + 1:
             self.counted_at = time.monotonic()
             self.count = len(self.names())
-            if self.count > SPOOL_LIMIT * 0.9:
+            if self.count > SPOOL_LIMIT * SPOOL_NEARLY_FULL:
                 log.warning(
                     "the spool holds %d deliveries, its limit is %d", self.count, SPOOL_LIMIT
                 )
         if self.count >= SPOOL_LIMIT:
             raise OSError(errno.ENOSPC, f"the spool is full, it holds {self.count} deliveries")
-        disk = os.statvfs(self.folder)
-        if disk.f_bavail * disk.f_frsize < SPOOL_FREE_BYTES:
+        if free_bytes(self.folder) < SPOOL_FREE_BYTES:
             raise OSError(errno.ENOSPC, "the disk has less than 64 MB left")
 
     def names(self):
@@ -1805,6 +1816,12 @@ class Spool:
             )
 
 
+def free_bytes(folder):
+    """Return how many bytes of the folder's disk are free."""
+    disk = os.statvfs(folder)
+    return disk.f_bavail * disk.f_frsize
+
+
 def sync_folder(path):
     """Sync a folder, without which a new name in it is not durable."""
     folder = os.open(path, os.O_RDONLY)
@@ -1818,9 +1835,20 @@ def sync_folder(path):
 
 
 def open_read_only(path):
-    """Return a connection to an existing database that cannot write it."""
-    uri = f"{path.absolute().as_uri()}?mode=ro"
+    """Return a connection to an existing database that cannot write it, nor make a file beside it."""
+    uri = f"{path.absolute().as_uri()}?{'immutable=1' if is_at_rest(path) else 'mode=ro'}"
     return sqlite3.connect(uri, uri=True, timeout=10, isolation_level=None)
+
+
+def is_at_rest(path):
+    """Return True for a database in WAL mode that no process has open.
+
+    SQLite would make a WAL beside it to read it, as a file of this user's, were it not told that
+    nobody writes. Not for a process that has a connection already, whose locks this would drop.
+    """
+    with open(path, "rb") as file:
+        is_in_wal_mode = file.read(20)[18:] == b"\2\2"
+    return is_in_wal_mode and not Path(f"{path}-wal").exists()
 
 
 def copy_database(source, target, report=lambda share: None):
@@ -1880,6 +1908,7 @@ def restore(database, file):
     copy.journal_mode = "DELETE"
     live = database.connection()
     try:
+        copy.connection()  # brings it up to date, before writers have to wait
         with database.turn(time.monotonic() + 60):
             copy_database(live, replaced)
             sequence = "SELECT coalesce(max(seq), 0) FROM sqlite_sequence WHERE name = 'errors'"
@@ -2467,19 +2496,16 @@ class Collector:
             self.write_counts: 1,
             self.extend_index: 0.2,
             self.delete_expired: 1,
-            self.delete_old_counts: 3600,
             self.log_deletions: 24 * 3600,
         }
         self.due = dict.fromkeys(self.steps, -math.inf)  # monotonic time of the next, by step
         self.deleted = 0  # expired errors since the last log line about them
 
     def start(self, notify=lambda: None):
-        """Check the folder and open the database in the process that serves.
+        """Open the database, in the process that serves.
 
-        `notify` tells gunicorn that the worker is alive while the schema is changed. Raises SystemExit
-        if the folder cannot be written.
+        `notify` tells gunicorn that the worker is alive while the schema is changed.
         """
-        check_folder(self.settings["DATABASE_URL"])
         self.database.notify = notify
         try:
             self.database.connection()
@@ -2511,9 +2537,8 @@ class Collector:
         row = parse_error(payload, resource, received_at) | pack(body)
         with self.database.transaction() as connection:
             id_, is_new = insert_error(connection, row)
-            outcome = "stored" if is_new else "duplicate"
-            self.counts.write(connection, outcome)
-        self.counts.pending.clear()
+        outcome = "stored" if is_new else "duplicate"
+        self.counts.add(outcome)
         return outcome, id_
 
     def log_failure(self, what, error):
@@ -2559,11 +2584,8 @@ class Collector:
         return extend_index(self.database)
 
     def write_counts(self):
-        """Write the counts that no transaction has taken along."""
-        if self.counts.pending:
-            with self.database.transaction(STEP_SECONDS) as connection:
-                self.counts.write(connection)
-            self.counts.pending.clear()
+        """Write the counts of deliveries, which are in memory alone for about a second."""
+        self.counts.write(self.database)
 
     def delete_expired(self):
         """Delete some errors that RETENTION_DAYS has passed; return True if there may be more."""
@@ -2580,11 +2602,6 @@ class Collector:
             days = self.settings["RETENTION_DAYS"]
             log.info("deleted %d errors that were older than %d days", self.deleted, days)
         self.deleted = 0
-
-    def delete_old_counts(self):
-        """Delete the counts of deliveries that are no longer shown."""
-        with self.database.transaction(STEP_SECONDS) as connection:
-            delete_old_counts(connection)
 
     def close(self):
         """Write what is only in memory, and close the database; the process ends."""
@@ -3270,17 +3287,6 @@ def describe_deliveries(connection):
     }
 
 
-def free_bytes(path):
-    """Return how many bytes are free on the disk of the database, or None if that is not known.
-
-    They are whole steps, so that the tag of a page does not change with each byte.
-    """
-    try:
-        return shutil.disk_usage(path.parent).free // FREE_STEP * FREE_STEP
-    except OSError:
-        return None
-
-
 def describe_config():
     """Return the settings without secrets, and what depends on the machine."""
     database = collector().database
@@ -3413,7 +3419,7 @@ def cure_of(error):
     """Return what to do about a database that cannot be written."""
     if is_busy(error):
         return "end the program that holds its lock, or wait for it"
-    code = getattr(error, "sqlite_errorcode", 0) & 0xFF
+    code = primary_code(error)
     if code == sqlite3.SQLITE_FULL or getattr(error, "errno", 0) == errno.ENOSPC:
         return "free space on the disk"
     if code in (sqlite3.SQLITE_CORRUPT, sqlite3.SQLITE_NOTADB):
@@ -3526,8 +3532,12 @@ def backup_command(file):
             click.echo(f"\r{share:4.0%} ", nl=False, err=True)
 
     try:
+        was_at_rest = is_at_rest(path)
         with closing(open_read_only(path)) as source:
             copy_database(source, file, report)
+        if was_at_rest and not is_at_rest(path):
+            file.unlink()
+            raise click.ClickException("The service has started meanwhile; make the backup again.")
         with closing(open_read_only(file)) as copy:
             errors = count_errors(copy)
     except (sqlite3.Error, OSError) as error:
@@ -3566,16 +3576,116 @@ def restore_command(file, yes):
 def health_command():
     """Exit with status 0 if the service answers on its port that it is healthy."""
     port = collector().settings["PORT"]
+    try:
+        status, words = ask_health(port)
+    except (OSError, http.client.HTTPException) as error:
+        raise click.ClickException(f"no answer on port {port}: {error}") from None
+    if status != 200:
+        raise click.ClickException(words)
+    click.echo(words)
+
+
+def ask_health(port):
+    """Return the status and the text of /health of the service on a port of this machine."""
     connection = http.client.HTTPConnection("127.0.0.1", port, timeout=4)
     try:
         connection.request("GET", "/health")
         response = connection.getresponse()
-        words = response.read().decode().strip()
+        return response.status, response.read().decode(errors="replace").strip()
+    finally:
+        connection.close()
+
+
+@web.cli.command("doctor")
+def doctor_command():
+    """Check the installation and say what to do about each fault; exit with status 1 if there is one."""
+    checks = check_settings, check_data, check_database, check_disk, check_spool, check_service
+    has_fault = False
+    for check in checks:
+        for verdict, words in check(collector()):
+            click.echo(f"{verdict:6} {words}")
+            has_fault |= verdict == "FAULT"
+    if has_fault:
+        sys.exit(1)
+
+
+def check_settings(shared):
+    """Return the doctor's lines, as (verdict, words), about the settings, which are valid by now."""
+    lines = [("ok", "the settings are valid")]
+    remarks = {
+        "SENTRY_CLIENT_SECRET": "anybody who reaches the port can post",
+        "API_TOKEN": "anybody who reaches the port can read",
+        "RETENTION_DAYS": "errors are kept for ever",
+    }
+    for name, words in remarks.items():
+        if not shared.settings[name]:
+            lines.append(("note", f"{name} is not set: {words}"))
+    return lines
+
+
+def check_data(shared):
+    """Return the doctor's lines about the data folder."""
+    folder = shared.database.path.parent
+    if not folder.is_dir():
+        return [("note", f"{folder} is not there; it is made at the start")]
+    if not os.access(folder, os.W_OK | os.X_OK):
+        owner = folder.stat().st_uid
+        words = f"{folder} belongs to uid {owner} and uid {os.getuid()} cannot write it; chown it"
+        return [("FAULT", words)]
+    return [("ok", f"{folder} can be written; journal mode {shared.database.journal_mode}")]
+
+
+def check_database(shared):
+    """Return the doctor's lines about the database."""
+    path = shared.database.path
+    if not path.exists():
+        return [("note", f"{path} is not there; it is made at the start")]
+    try:
+        errors = check_backup(path)
+        size = path.stat().st_size
+    except (ValueError, sqlite3.Error, OSError) as error:
+        restore_words = "'flask --app collector restore FILE' puts a backup in its place"
+        return [("FAULT", f"{error}; {restore_words}")]
+    return [("ok", f"{path} is whole: {errors} errors, {size} bytes")]
+
+
+def check_disk(shared):
+    """Return the doctor's lines about the free space."""
+    folder = shared.database.path.parent
+    while not folder.exists():
+        folder = folder.parent
+    free = free_bytes(folder)
+    if free < SPOOL_FREE_BYTES:
+        return [("FAULT", f"the disk has {free} bytes left; free some, or set RETENTION_DAYS")]
+    return [("ok", f"the disk has {free // 1024**2} MB left")]
+
+
+def check_spool(shared):
+    """Return the doctor's lines about the spool."""
+    waiting = len(shared.spool.names())
+    rejected = len(list(shared.spool.folder.glob("*.rejected")))
+    lines = [("ok", f"{waiting} deliveries wait in the spool")]
+    if waiting > SPOOL_LIMIT * SPOOL_NEARLY_FULL:
+        words = f"{waiting} deliveries wait in the spool, its limit is {SPOOL_LIMIT}; see /health for the cause"
+        lines = [("FAULT", words)]
+    if rejected:
+        words = f"{rejected} spooled deliveries could not be stored; look at *.rejected in {shared.spool.folder}"
+        lines.append(("FAULT", words))
+    return lines
+
+
+def check_service(shared):
+    """Return the doctor's lines about the running service."""
+    port = shared.settings["PORT"]
+    try:
+        status, words = ask_health(port)
     except (OSError, http.client.HTTPException) as error:
-        raise click.ClickException(f"no answer on port {port}: {error}") from None
-    if response.status != 200:
-        raise click.ClickException(words)
-    click.echo(words)
+        return [
+            ("FAULT", f"nothing answers on port {port} ({error}); start the service, or set PORT")
+        ]
+    if status != 200:
+        return [("FAULT", f"the service is not healthy: {words}")]
+    return [("ok", f"the service on port {port} stores errors")]
 
 
 # --------------------------------------------------------------------------------------------------
@@ -3702,7 +3812,7 @@ def read_settings(config=None):
         "PUBLIC_URL": read_public_url(settings),
         "TRUSTED_HOSTS": read_list(settings, "TRUSTED_HOSTS"),
         "RETENTION_DAYS": read_whole_number(settings, "RETENTION_DAYS", 1, 36500) if days else None,
-        "MAX_BODY_BYTES": read_whole_number(settings, "MAX_BODY_BYTES", 1, 512 * 1024 * 1024),
+        "MAX_BODY_BYTES": read_whole_number(settings, "MAX_BODY_BYTES", 1, 32 * 1024 * 1024),
         "WEB_CONCURRENCY": read_whole_number(settings, "WEB_CONCURRENCY", 1, 256),
         "PORT": read_whole_number(settings, "PORT", 1, 65535),
     }
