@@ -1940,7 +1940,6 @@ SOURCE_LINES = 3  # source lines around the one that failed
 LONG_LINE = 100  # characters of a source line above which its column is told, too
 LINE_SHOWN = 160  # most characters of a source line in a text form
 VARIABLES_SHOWN = 1000  # characters of variables after which the others are left out
-OPEN_FRAMES = 15  # frames of a trace that its page shows without being asked, the newest ones
 INNERMOST = "caused by (innermost)"  # role of the exception that was raised first
 CUT = "\ue000"  # stands for what a line of a text form lost; no text of an error may have it
 HIDDEN_CATEGORIES = "Cc", "Cf", "Cn", "Co", "Cs", "Zl", "Zp"  # Unicode's, of what has no picture
@@ -1959,10 +1958,12 @@ NEEDED = re.compile(
     "|\U0001f3f4[\U000e0030-\U000e007a]{3,6}\U000e007f"
     "|(?<=[#*0-9\xa9\xae\u203c\u2049\u2122-\u3299\U0001f000-\U0001faff])[\ufe0e\ufe0f]"
 )
-BAR_SECONDS = (
-    60, 300, 600, 1800, 3600, 3 * 3600, 6 * 3600, 12 * 3600, 86400, 2 * 86400, 7 * 86400,
-    28 * 86400, 91 * 86400, 364 * 86400, 3640 * 86400,
-)  # fmt: skip
+BARS = {  # seconds of a bar of the chart, by their words
+    "minute": 60, "5 minutes": 300, "10 minutes": 600, "30 minutes": 1800, "hour": 3600,
+    "3 hours": 10_800, "6 hours": 21_600, "12 hours": 43_200, "day": 86_400, "2 days": 172_800,
+    "week": 604_800, "4 weeks": 2_419_200, "13 weeks": 7_862_400, "year": 31_449_600,
+    "10 years": 314_496_000,
+}  # fmt: skip
 
 
 def as_json(value):
@@ -1970,18 +1971,11 @@ def as_json(value):
     return json.dumps(value) + "\n"
 
 
-def as_words(value):
-    """Return text as it is, and any other JSON value as JSON."""
+def as_words(value, indent=None):
+    """Return text as it is, and any other JSON value as JSON, over several lines if indented."""
     if isinstance(value, str):
         return value
-    return json.dumps(value, ensure_ascii=False)
-
-
-def pretty(value):
-    """Return text as it is, and any other JSON value as JSON over several lines."""
-    if isinstance(value, str):
-        return value
-    return json.dumps(value, ensure_ascii=False, indent=2)
+    return json.dumps(value, ensure_ascii=False, indent=indent)
 
 
 def joined(*values):
@@ -2147,9 +2141,9 @@ def fold(frames, marked=False):
     return runs
 
 
-def last_part(path):
-    """Return the last part of a path of any system."""
-    return re.split(r"[/\\]", path)[-1] or path
+def last_part(package):
+    """Return the last part of a package, a path of any system or a .NET assembly with its version."""
+    return re.split(r"[/\\]", package)[-1].partition(", Version=")[0] or package
 
 
 def qualified(frame):
@@ -2161,6 +2155,8 @@ def qualified(frame):
     is_said = path in re.sub(r"[.:\\]+", "/", file) or function.startswith(module)
     if is_said or module.startswith(("<", "__main__")):
         return function
+    if " " in function.partition("(")[0]:  # it begins with what it returns
+        return f"{function} of {module}"
     return f"{module}.{function}"
 
 
@@ -2241,13 +2237,14 @@ def closely(frame):
 def trace_lines(exception, marked):
     """Yield the lines of an exception's trace, the oldest call first, library frames folded."""
     frames = exception["frames"]
+    shown_closely = own_frame(frames) if frames and is_close(exception) else None
     for is_library, run in fold(frames, marked):
         if is_library:
             yield f"[{len(run)} library frame{'s' if len(run) > 1 else ''}]"
             continue
         for frame in run:
             yield flat(place(frame), 300)
-            if is_close(exception) and frame is own_frame(frames):
+            if frame is shown_closely:
                 yield from closely(frame)
             elif frame["context_line"]:
                 yield "    " + source_line(frame["context_line"], frame["colno"]).strip()
@@ -2421,26 +2418,19 @@ def web_link(value):
     return value if re.match(r"https?://[^\s]+$", value or "", re.IGNORECASE) else None
 
 
-def bytes_size(number):
-    """Return a number of bytes as a person reads it."""
-    for unit in ("bytes", "kB", "MB"):
-        if number < 1000:
-            return f"{number:.3g} {unit}"
-        number /= 1000
-    return f"{number:,.3g} GB"
-
-
 def chart(times, bars=40):
     """Return a bar chart of ISO 8601 times in UTC, None without times.
 
-    `width` is that of a bar in seconds, whole minutes, hours or days. The `bars`, which end with the
-    newest time, are dicts of an index, a count, its share of the highest, and the period.
+    `width` is the time of a bar in words. The `bars`, which end with the newest time, are dicts of an
+    index, a count, its share of the highest, and the period.
     """
     if not times:
         return None
     stamps = [datetime.fromisoformat(value).timestamp() for value in times]
     span = max(stamps) - min(stamps)
-    width = next((size for size in BAR_SECONDS if span / size < bars - 1), span + 1)
+    fitting = [words for words, seconds in BARS.items() if span / seconds < bars - 1]
+    words = fitting[0] if fitting else max(BARS, key=BARS.get)
+    width = BARS[words]
     first_bar = int(max(stamps) // width) - bars + 1
     counts = Counter(int(stamp // width) - first_bar for stamp in stamps)
     most = max(counts.values())
@@ -2450,20 +2440,11 @@ def chart(times, bars=40):
         end = start + timedelta(seconds=width, microseconds=-1)
         bar = {"index": index, "since": in_microseconds(start), "until": in_microseconds(end)}
         drawn.append(bar | {"count": counts[index], "share": counts[index] / most})
-    return {"bars": drawn, "most": most, "width": width}
-
-
-def duration(seconds):
-    """Return the width of a bar of the chart in words."""
-    for unit, size in (("day", 86400), ("hour", 3600), ("minute", 60)):
-        if seconds >= size:
-            number = round(seconds / size)
-            return unit if number == 1 else f"{number:,} {unit}s"
-    return f"{seconds} seconds"
+    return {"bars": drawn, "most": most, "width": words}
 
 
 PAGE_FILTERS = (
-    visible, flat, shorten, pretty, ago, web_link, bytes_size, duration, source_lines, fold, own_frame, trace_lines,
+    visible, flat, shorten, as_words, ago, web_link, source_lines, fold, own_frame, trace_lines,
     qualified, last_part, entry_id, is_close,
 )  # fmt: skip
 
@@ -2964,7 +2945,7 @@ def answer(form, state, render, next_page=None):
         response = Response(render(), mimetype=FORMS[form])
     response.set_etag(etag)
     if next_page:
-        response.headers["Link"] = f'<{next_page}>; rel="next"'
+        response.headers["Link"] = f'<{link(next_page)}>; rel="next"'
     return response
 
 
@@ -3123,7 +3104,7 @@ def list_errors():
     next_page = None
     if has_more:
         direction = "after" if oldest_first else "before"
-        next_page = list_link(query, **{direction: rows[-1]["id"]})
+        next_page = list_path(query, **{direction: rows[-1]["id"]})
     errors = [summary(row, link("")) for row in rows]
     state = [errors, has_more]
     if form == "html":
@@ -3134,36 +3115,25 @@ def list_errors():
         if form == "json":
             return as_json(errors)
         if form == "text":
-            next_url = next_page and whole_link(next_page.removeprefix(link("")))
-            return list_text([error_line(row) for row in rows], next_url, "no errors")
+            lines = [error_line(row) for row in rows]
+            return list_text(lines, next_page and whole_link(next_page), "no errors")
         if form == "atom":
-            return feed(query, errors)
-        return render_template("list.html", page_url=list_link, **page)
+            return render_template("feed.xml", errors=errors, query=query).replace(CUT, "…")
+        return render_template("list.html", **page)
 
     return answer(form, state, render, next_page)
 
 
-def feed(query, errors):
-    """Return errors as an Atom feed."""
-    updated = errors[0]["received_at"] if errors else "1970-01-01T00:00:00Z"
-    page = list_link(query, format=None).removeprefix(link(""))
-    feed_path = list_link(query, format="atom").removeprefix(link(""))
-    words = render_template(
-        "feed.xml",
-        errors=errors,
-        updated=updated,
-        root=whole_link("/errors/"),
-        feed_url=whole_link(feed_path),
-        page_url=whole_link(page),
-    )
-    return words.replace(CUT, "…")
+def list_path(query, path="/errors", **changes):
+    """Return the path of a list for a query with changes, None taking a parameter out."""
+    changed = query | changes
+    parameters = urlencode({name: value for name, value in changed.items() if value is not None})
+    return path + (f"?{parameters}" if parameters else "")
 
 
 def list_link(query, path="/errors", **changes):
-    """Return the address of a list for a query with changes, None taking a parameter out."""
-    changed = query | changes
-    parameters = urlencode({name: value for name, value in changed.items() if value is not None})
-    return link(path) + (f"?{parameters}" if parameters else "")
+    """Return the address of a list for a query with changes, see list_path."""
+    return link(list_path(query, path, **changes))
 
 
 def without(query, *names):
@@ -3249,7 +3219,9 @@ def list_issues():
         complete_index(database)
     rows, has_more = select_issues(database.reader(), filters, limit)
     issues = [issue(row, link("")) for row in rows]
-    next_page = list_link(query, "/issues", before=rows[-1]["newest"]) if has_more else None
+    next_page = None
+    if has_more:
+        next_page = list_path(query, "/issues", before=rows[-1]["newest"])
     state = [issues, has_more]
     if form == "html":
         state.append(minute())
@@ -3258,8 +3230,8 @@ def list_issues():
         if form == "json":
             return as_json(issues)
         if form == "text":
-            next_url = next_page and whole_link(next_page.removeprefix(link("")))
-            return list_text([issue_line(row) for row in rows], next_url, "no issues")
+            lines = [issue_line(row) for row in rows]
+            return list_text(lines, next_page and whole_link(next_page), "no issues")
         for row in issues:
             row["newest_url"] = error_link(row["newest"], {"issue": row["issue_id"]})
         return render_template(
@@ -3268,9 +3240,8 @@ def list_issues():
             query=query,
             fields=ISSUE_FILTERS,
             filtered=any(name in query for name in ISSUE_FILTERS),
-            older=next_page,
+            older=next_page and link(next_page),
             refresh=refresh,
-            page_url=list_link,
         )
 
     return answer(form, state, render, next_page)
@@ -3963,7 +3934,14 @@ def create_app(config=None):
         "Cache-Control": "private, no-cache",
         "Vary": "Accept, Authorization",
     }
-    app.jinja_env.globals.update(style=Markup(style), version=VERSION, link=link)
+    app.jinja_env.globals.update(
+        style=Markup(style),
+        version=VERSION,
+        link=link,
+        whole_link=whole_link,
+        list_path=list_path,
+        page_url=list_link,
+    )
     app.jinja_env.filters.update({function.__name__: function for function in PAGE_FILTERS})
     app.register_blueprint(web)
     app.after_request(add_headers)

@@ -179,12 +179,12 @@ class Client(socket.socket):
         """Send data in parts, each of which the client has to take in PART_SECONDS."""
         view = memoryview(data)
         for start in range(0, len(view), PART_BYTES):
+            self.worker.notify()
             self.settimeout(PART_SECONDS)
             try:
                 super().sendall(view[start : start + PART_BYTES])
             except TimeoutError:
                 raise BrokenPipeError(errno.EPIPE, "the client takes too long") from None
-            self.worker.notify()
 
     def shutdown(self, how):
         """Have gunicorn close at once, where it would wait for the client to do so.

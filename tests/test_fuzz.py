@@ -4,6 +4,7 @@ import copy
 import json
 import os
 import re
+from xml.etree import ElementTree
 
 import pytest
 from conftest import SECRET, event_payload, isolate, load, post, sign, wire
@@ -102,12 +103,17 @@ def check_read_back(client, body, id_):
         error
     ]
     check_text(client, id_)
+    ElementTree.fromstring(client.get("/errors?format=atom").data)
     for path in (
         f"/errors/{id_}?format=html",
         "/errors?format=html",
         "/?format=html",
         "/",
         "/config",
+        "/metrics",
+        "/issues",
+        "/issues?format=html",
+        "/issues?format=text",
     ):
         reply = client.get(path)
         assert reply.status_code == 200
@@ -232,7 +238,7 @@ def test_no_words_of_an_error_pass_for_ours(app, words, more):
     check_text(client, reply.json["id"])
 
 
-NAMES = "q project level environment platform issue since until limit before after format refresh".split()
+NAMES = "q project level environment platform issue since until limit before after format refresh within release category server event".split()
 QUERIES = st.dictionaries(st.sampled_from(NAMES) | TEXT, TEXT | st.integers().map(str), max_size=4)
 ROUTES = st.sampled_from(
     [
@@ -240,6 +246,9 @@ ROUTES = st.sampled_from(
         "/errors/latest",
         "/errors/1",
         "/errors/1/payload",
+        "/issues",
+        "/metrics",
+        "/robots.txt",
         "/",
         "/config",
         "/health",

@@ -1252,6 +1252,10 @@ def test_the_text_of_a_sample_shows_the_crash_in_its_first_trace(client, name, c
         ({}, 'File "?", in ?'),
         ({"filename": "a.py", "lineno": 3, "function": "f", "module": "a"}, 'File "a.py", line 3, in f'),
         ({"filename": "Tea.java", "lineno": 3, "function": "f", "module": "org.Tea"}, 'File "Tea.java", line 3, in org.Tea.f'),
+        (
+            {"module": "Tea", "function": "Void F(Cup c)", "filename": "T.cs", "package": "T, Version=1"},
+            'File "T.cs", in Void F(Cup c) of Tea, package T',
+        ),
         ({"module": "org.Tea", "function": "f"}, 'File "org.Tea", in f'),
         ({"filename": "a.js", "lineno": 1, "colno": 9, "function": "f"}, 'File "a.js", line 1, column 9, in f'),
         (
