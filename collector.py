@@ -3255,10 +3255,12 @@ def describe_state():
         "last_refusal": None,
         "deliveries": [],
         "database_bytes": None,
-        "free_bytes": free_bytes(shared.database.path),
+        "free_bytes": None,
         "problem": None,
     }
     try:
+        free = free_bytes(shared.database.path.parent)
+        state["free_bytes"] = free // FREE_STEP * FREE_STEP  # or each byte would change the tag
         connection = shared.database.reader()
         state["counts"]["errors"] = count_errors(connection)
         newest, _ = select_errors(connection, {}, 1)
