@@ -3259,9 +3259,8 @@ def describe_state():
         "problem": None,
     }
     try:
-        # In steps, so that the tag of a page does not change with each byte.
         free = free_bytes(shared.database.path.parent)
-        state["free_bytes"] = free // FREE_STEP * FREE_STEP
+        state["free_bytes"] = free // FREE_STEP * FREE_STEP  # or each byte would change the tag
         connection = shared.database.reader()
         state["counts"]["errors"] = count_errors(connection)
         newest, _ = select_errors(connection, {}, 1)

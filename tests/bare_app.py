@@ -1,0 +1,47 @@
+"""A WSGI app of a few lines and the settings that serve it, to test worker.py without the collector."""
+
+import json
+import os
+import time
+
+from worker import Worker
+
+wsgi_app = "bare_app:app"
+worker_class = Worker
+preload_app = True
+control_socket_disable = True
+graceful_timeout = 2
+timeout = 2
+served = []
+maintained = []
+
+
+def app(environ, start_response):
+    """Reply with what was asked for: a page that takes `s` seconds, an export of `mb` megabytes."""
+    query = dict(pair.split("=") for pair in environ["QUERY_STRING"].split("&") if pair)
+    served.append(environ["PATH_INFO"])
+    body = environ["wsgi.input"].read() if environ["REQUEST_METHOD"] == "POST" else b""
+    time.sleep(float(query.get("s", 0)))
+    start_response("200 OK", [("Content-Type", "application/json")])
+    if "mb" in query:
+        return (bytes(1 << 20) for _ in range(int(query["mb"])))
+    facts = {
+        "pid": os.getpid(),
+        "length": len(body),
+        "served": served,
+        "maintained": len(maintained),
+    }
+    return [json.dumps(facts).encode()]
+
+
+def maintain():
+    """Note that it was called, and ask to be called again at once for the first thousand times."""
+    maintained.append(time.monotonic())
+    return len(maintained) < 1000
+
+
+def post_worker_init(worker):
+    """Have the app's own functions called, not those of this file as settings."""
+    import bare_app
+
+    worker.maintain = bare_app.maintain
