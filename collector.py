@@ -1160,8 +1160,11 @@ def digest(body):
 
 
 def packed_digest(payload, payload_bytes):
-    """Return the digest of a packed body, for the schema's step to version 2."""
-    return digest(unpack(payload, payload_bytes))
+    """Return the digest of a packed body, damaged or not, for the schema's step to version 2."""
+    try:
+        return digest(unpack(payload, payload_bytes))
+    except zlib.error:
+        return digest(payload)
 
 
 # What a delivery says of the server and the project must not contradict what is known; what either
@@ -1349,7 +1352,7 @@ def extend_index(database, seconds=STEP_SECONDS):
 
 
 def complete_index(database):
-    """Add what the search index misses; raise sqlite3.OperationalError if that takes too long."""
+    """Add what the search index misses; raise IndexIncomplete if that takes too long."""
     until = time.monotonic() + READ_SECONDS
     try:
         while extend_index(database):
@@ -1357,8 +1360,12 @@ def complete_index(database):
                 missing = count_unindexed(database.connection())
                 raise IndexIncomplete(missing)
     except (sqlite3.Error, OSError) as error:
-        # What cannot be written now is not stored either, but for the errors of the last moment.
+        # While nothing can be written, only the errors of the last moment are missing, unless the
+        # index is being filled.
         log.warning("the search index cannot be extended: %s", error)
+        missing = count_unindexed(database.connection())
+        if missing > INDEX_BATCH:
+            raise IndexIncomplete(missing) from None
 
 
 class IndexIncomplete(Exception):
@@ -2521,7 +2528,11 @@ class Collector:
             return self.store(body, payload, resource, received_at)
         except Exception as error:
             self.log_failure("cannot store a delivery, spooling it", error)
-            reason = "database locked" if is_busy(error) else "database not writable"
+            reason = "fault of the collector"
+            if is_busy(error):
+                reason = "database locked"
+            elif isinstance(error, sqlite3.Error | OSError):
+                reason = "database not writable"
         try:
             self.spool.put(received_at, resource, body)
         except Exception as error:
@@ -3358,6 +3369,7 @@ CURES = {
     "action not accepted": "set SENTRY_ACTIONS=created,triggered to take issue alerts",
     "database locked": "end the program that holds its lock; these are kept in the spool",
     "database not writable": "see /health; these are kept in the spool",
+    "fault of the collector": "see the log, and report it; these are kept in the spool",
 }
 
 
