@@ -1164,8 +1164,11 @@ def digest(body):
 
 
 def packed_digest(payload, payload_bytes):
-    """Return the digest of a packed body, for the schema's step to version 2."""
-    return digest(unpack(payload, payload_bytes))
+    """Return the digest of a packed body, damaged or not, for the schema's step to version 2."""
+    try:
+        return digest(unpack(payload, payload_bytes))
+    except zlib.error:
+        return digest(payload)
 
 
 # What a delivery says of the server and the project must not contradict what is known; what either
@@ -1353,7 +1356,7 @@ def extend_index(database, seconds=STEP_SECONDS):
 
 
 def complete_index(database):
-    """Add what the search index misses; raise sqlite3.OperationalError if that takes too long."""
+    """Add what the search index misses; raise IndexIncomplete if that takes too long."""
     until = time.monotonic() + READ_SECONDS
     try:
         while extend_index(database):
@@ -1361,8 +1364,12 @@ def complete_index(database):
                 missing = count_unindexed(database.connection())
                 raise IndexIncomplete(missing)
     except (sqlite3.Error, OSError) as error:
-        # What cannot be written now is not stored either, but for the errors of the last moment.
+        # While nothing can be written, only the errors of the last moment are missing, unless the
+        # index is being filled.
         log.warning("the search index cannot be extended: %s", error)
+        missing = count_unindexed(database.connection())
+        if missing > INDEX_BATCH:
+            raise IndexIncomplete(missing) from None
 
 
 class IndexIncomplete(Exception):
@@ -1635,9 +1642,7 @@ class Counts:
             count = count + excluded.count, last_at = max(last_at, excluded.last_at)"""
         with database.transaction(STEP_SECONDS) as connection:
             connection.executemany(sql, rows)
-            connection.execute(
-                "DELETE FROM deliveries WHERE period < ?", (now(days=DELIVERY_DAYS),)
-            )
+            add_up_old_counts(connection)
         self.pending.clear()
 
 
@@ -1951,7 +1956,8 @@ CUT = "\ue000"  # stands for what a line of a text form lost; no text of an erro
 HIDDEN_CATEGORIES = "Cc", "Cf", "Cn", "Co", "Cs", "Zl", "Zp"  # Unicode's, of what has no picture
 # Letters and marks without a picture: Unicode's Default_Ignorable ones, and the blank of Braille.
 BLANKS = re.compile(
-    "[\u034f\u115f\u1160\u17b4\u17b5\u180b-\u180f\u2800\u3164\ufe00-\ufe0f\uffa0\U000e0100-\U000e01ef]"
+    "[\u034f\u115f\u1160\u17b4\u17b5\u180b-\u180f\u2800\u3164\ufe00-\ufe0f\uffa0"
+    "\U000e0100-\U000e01ef]"
 )
 ANSI = re.compile(
     r"\x1b(?:\[[0-?]*[ -/]*[@-~]|\][^\x07\x1b]*(?:\x07|\x1b\\)?|[PX^_][^\x1b]*(?:\x1b\\)?|.)",
@@ -2148,7 +2154,7 @@ def fold(frames, marked=False):
 
 
 def last_part(package):
-    """Return the last part of a package, a path of any system or a .NET assembly with its version."""
+    """Return the last part of a package's path, and a .NET assembly without its version."""
     return re.split(r"[/\\]", package)[-1].partition(", Version=")[0] or package
 
 
@@ -2205,7 +2211,7 @@ def source_lines(frame):
 
 
 def source_line(line, column=None):
-    """Return a source line for a text form, its indentation kept; of a long one the part at `column`."""
+    """Return a source line for a text form, indented; of a long one the part at `column`."""
     line = line.expandtabs(4)
     start = 0
     if len(line) > LINE_SHOWN and column and column < len(line):
@@ -2284,8 +2290,8 @@ def error_page(error, body):
 def error_text(error, body, url):
     """Return an error as text for a terminal or an agent, the most useful part first.
 
-    The template puts nothing of the error's own text at the margin, and `flat` lets none of it begin
-    a line.
+    The template puts nothing of the error's own text at the margin, and `flat` lets none of it
+    begin a line.
     """
     page = error_page(error, body)
     words = render_template("error.txt", **page, url=url)
@@ -2332,7 +2338,7 @@ def rank(name):
 
 
 def share_out(sections, taken):
-    """Return the characters that each section of lines may have, `taken` being those of the head."""
+    """Return the characters that each section of lines may have, the head has `taken`."""
     room = TEXT_LENGTH - NOTE_LENGTH - taken
     given = [0] * len(sections)
     ranks = [rank(lines[0]) for lines in sections]
@@ -2349,7 +2355,8 @@ def share_out(sections, taken):
 def cut_section(lines, room):
     """Return the lines of a section that there is room for.
 
-    A trace keeps its first two lines and its end, breadcrumbs their end, other sections their beginning.
+    A trace keeps its first two lines and its end, breadcrumbs their end, other sections their
+    beginning.
     """
     is_trace = rank(lines[0]) != 2
     first_lines = lines[: 2 if is_trace else 1]
@@ -2427,8 +2434,8 @@ def web_link(value):
 def chart(times, bars=40):
     """Return a bar chart of ISO 8601 times in UTC, None without times.
 
-    `width` is the time of a bar in words. The `bars`, which end with the newest time, are dicts of an
-    index, a count, its share of the highest, and the period.
+    `width` is the time of a bar in words. The `bars`, which end with the newest time, are dicts
+    of an index, a count, its share of the highest, and the period.
     """
     if not times:
         return None
@@ -2525,7 +2532,11 @@ class Collector:
             return self.store(body, payload, resource, received_at)
         except Exception as error:
             self.log_failure("cannot store a delivery, spooling it", error)
-            reason = "database locked" if is_busy(error) else "database not writable"
+            reason = "fault of the collector"
+            if is_busy(error):
+                reason = "database locked"
+            elif isinstance(error, sqlite3.Error | OSError):
+                reason = "database not writable"
         try:
             self.spool.put(received_at, resource, body)
         except Exception as error:
@@ -2992,7 +3003,7 @@ def show_error(id_):
     """Show one error in full; `within` is the query of the list whose neighbours its page shows."""
     form = choose_form("json", "text", "html")
     query = read_query("format", "within")
-    within = dict(parse_qsl(query.get("within", ""), max_num_fields=100))
+    within = dict(parse_qsl(query.get("within", "")))
     within = {name: clean(value) for name, value in within.items() if name in FILTERS}
     connection, _ = reader(read_filters(within))
     return show(connection, find_row(connection, id_), form, within)
@@ -3052,7 +3063,7 @@ def show(connection, row, form, within, refresh=None):
 
 
 def neighbours(connection, row, within):
-    """Return what the page of an error shows of others: the next ones in a list, and its issue's."""
+    """Return what the page of an error shows of others: its neighbours, and its issue's."""
     filters = narrow(connection, read_filters(within))
     newer = find_errors(
         connection, filters | {"after": row["id"]}, ["errors.id"], 1, oldest_first=True
@@ -3148,7 +3159,10 @@ def without(query, *names):
 
 
 def list_page(connection, query, filters, rows, has_more):
-    """Return what the page of a list shows; its chart and counts are of the newest 10,000 that match."""
+    """Return what the page of a list shows.
+
+    Its chart and counts are of the newest 10,000 errors that match.
+    """
     oldest_first = "after" in filters
     has_newer = "before" in filters
     has_older = has_more
@@ -3238,17 +3252,9 @@ def list_issues():
         if form == "text":
             lines = [issue_line(row) for row in rows]
             return list_text(lines, next_page and whole_link(next_page), "no issues")
-        for row in issues:
-            row["newest_url"] = error_link(row["newest"], {"issue": row["issue_id"]})
-        return render_template(
-            "issues.html",
-            issues=issues,
-            query=query,
-            fields=ISSUE_FILTERS,
-            filtered=any(name in query for name in ISSUE_FILTERS),
-            older=next_page and link(next_page),
-            refresh=refresh,
-        )
+        page = {"issues": issues, "query": query, "fields": ISSUE_FILTERS, "refresh": refresh}
+        page["older"] = next_page and link(next_page)
+        return render_template("issues.html", filtered=bool(without(filters, "before")), **page)
 
     return answer(form, state, render, next_page)
 
@@ -3264,10 +3270,12 @@ def describe_state():
         "last_refusal": None,
         "deliveries": [],
         "database_bytes": None,
-        "free_bytes": free_bytes(shared.database.path),
+        "free_bytes": None,
         "problem": None,
     }
     try:
+        free = free_bytes(shared.database.path.parent)
+        state["free_bytes"] = free // FREE_STEP * FREE_STEP  # or each byte would change the tag
         connection = shared.database.reader()
         state["counts"]["errors"] = count_errors(connection)
         newest, _ = select_errors(connection, {}, 1)
@@ -3316,10 +3324,12 @@ def describe_config():
 ABOUT = {
     "name": "Sentry Error Collector",
     "version": VERSION,
-    "description": "Receives Sentry's webhooks, keeps every new error, and gives the latest one back.",
+    "description": "Receives Sentry's webhooks, keeps every new error, and gives the latest one "
+    "back.",
     "endpoints": {
         "POST /sentry/webhook": "where Sentry delivers",
-        "GET /errors/latest": f"the newest error, in full; {', '.join(FILTERS)}; format=json|html|text",
+        "GET /errors/latest": f"the newest error, in full; {', '.join(FILTERS)}; "
+        "format=json|html|text",
         "GET /errors/<id>": "one error, in full; format=json|html|text",
         "GET /errors/<id>/payload": "the delivery as it was received, byte for byte",
         "GET /errors": "summaries, newest first; filters as above, limit, before, after; "
@@ -3333,13 +3343,14 @@ ABOUT = {
     },
 }
 STEPS = (
-    "In Sentry: Settings > Developer Settings > Create New Integration > Internal Integration; this as "
-    "Webhook URL; permission Issue & Event: Read; webhooks: error (Business plan and above) or issue. "
-    "For stack traces on every plan: Alert Rule Action on, the integration as an action of an alert "
-    "rule, SENTRY_ACTIONS=created,triggered here. Then its Client Secret as SENTRY_CLIENT_SECRET here."
+    "In Sentry: Settings > Developer Settings > Create New Integration > Internal Integration; "
+    "this as Webhook URL; permission Issue & Event: Read; webhooks: error (Business plan and above) "
+    "or issue. For stack traces on every plan: Alert Rule Action on, the integration as an action "
+    "of an alert rule, SENTRY_ACTIONS=created,triggered here. Then its Client Secret as "
+    "SENTRY_CLIENT_SECRET here."
 )
 SECRET_CURE = "set SENTRY_CLIENT_SECRET to the Client Secret of the integration that sends"
-# What to do about deliveries that were refused, ignored or queued, by the reason they are counted under.
+# What to do about deliveries that were refused, ignored or queued, by the reason for that.
 CURES = {
     "signature missing": "send through an internal integration; the legacy plugin cannot sign",
     "signature wrong": SECRET_CURE,
@@ -3360,8 +3371,9 @@ CURES = {
     "disk": "free space on the disk; Sentry does not send these again",
     "no error": "none is needed: these tell of no new error",
     "action not accepted": "set SENTRY_ACTIONS=created,triggered to take issue alerts",
-    "database locked": "end the program that holds the database's lock; these are kept in the spool",
+    "database locked": "end the program that holds its lock; these are kept in the spool",
     "database not writable": "see /health; these are kept in the spool",
+    "fault of the collector": "see the log, and report it; these are kept in the spool",
 }
 
 
@@ -3947,6 +3959,7 @@ def create_app(config=None):
         whole_link=whole_link,
         list_path=list_path,
         page_url=list_link,
+        error_link=error_link,
     )
     app.jinja_env.filters.update({function.__name__: function for function in PAGE_FILTERS})
     app.register_blueprint(web)

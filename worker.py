@@ -178,13 +178,19 @@ class Client(socket.socket):
     def sendall(self, data):
         """Send data in parts, each of which the client has to take in PART_SECONDS."""
         view = memoryview(data)
+        self.settimeout(IDLE_SECONDS)
         for start in range(0, len(view), PART_BYTES):
+            self.send_part(view[start : start + PART_BYTES])
+
+    def send_part(self, part):
+        """Send a part of the reply, with signs of life for gunicorn meanwhile."""
+        until = time.monotonic() + PART_SECONDS
+        while part:
             self.worker.notify()
-            self.settimeout(PART_SECONDS)
-            try:
-                super().sendall(view[start : start + PART_BYTES])
-            except TimeoutError:
-                raise BrokenPipeError(errno.EPIPE, "the client takes too long") from None
+            with contextlib.suppress(TimeoutError):
+                part = part[super().send(part) :]
+            if part and time.monotonic() > until:
+                raise BrokenPipeError(errno.EPIPE, "the client takes too long")
 
     def shutdown(self, how):
         """Have gunicorn close at once, where it would wait for the client to do so.
@@ -262,6 +268,7 @@ class Worker(SyncWorker):
         for request in ready:
             if isinstance(request, Request):
                 self.receive(request)
+        self.drop_excess()
         self.serve_held()
         return [listener for listener in self.sockets if listener in ready]
 
@@ -308,7 +315,7 @@ class Worker(SyncWorker):
 
     def turn_away(self, request):
         """Refuse a reader who has waited too long."""
-        self.log_dropped("a reader has waited for others in vain")
+        self.log_dropped("a reader waited in vain for others")
         with contextlib.suppress(OSError):
             request.client.send(TURNED_AWAY, socket.MSG_DONTWAIT)
         self.drop(request)

@@ -19,7 +19,7 @@ from pathlib import Path
 import pytest
 from jinja2 import FileSystemBytecodeCache
 
-from collector import create_app
+from collector import check_folder, create_app
 
 ROOT = Path(__file__).resolve().parent.parent
 PAYLOADS = Path(__file__).resolve().parent / "payloads"
@@ -54,6 +54,7 @@ def make_app(tmp_path):
     def make(**config):
         app = create_app({"DATABASE_URL": f"sqlite:///{tmp_path}/data/errors.db", **config})
         app.jinja_env.bytecode_cache = TEMPLATES
+        check_folder(core(app).settings["DATABASE_URL"])
         core(app).start()
         apps.append(app)
         return app

@@ -725,6 +725,7 @@ def test_deliveries_are_counted_by_outcome_and_reason_with_the_last_time(make_ap
         post(client, wire(payload), **sign(wire(payload)))
     post(client, event_payload())
     post(client, event_payload("stored"), **sign(wire(event_payload("stored"))))
+    core(app).write_counts()
     for path in ("/", "/config"):
         shown = client.get(path).json
         assert {
