@@ -27,13 +27,16 @@ if [ "$uid" = 0 ]; then
 fi
 
 drop="setpriv --reuid $uid --regid $gid --clear-groups --no-new-privs"
-cure="add the capabilities CHOWN, SETUID and SETGID, or set the container's user to $uid:$gid"
 if ! $drop true 2>/dev/null; then
-    echo "This root cannot become uid $uid, the owner of /data: $cure" >&2
+    echo "This root cannot become uid $uid, to serve as the owner of /data: add the capabilities CHOWN," \
+        "SETUID and SETGID, or set the container's user to $uid:$gid" >&2
     exit 1
 fi
-if ! find /data ! -user "$uid" -exec chown "$uid:$gid" {} + 2>/dev/null; then
-    echo "This root cannot make /data the property of uid $uid: $cure, and chown the folder" >&2
+# Asked as the owner, because without capabilities root cannot look into a private folder.
+foreign=$($drop find /data ! -user "$uid" 2>/dev/null || true)
+if [ -n "$foreign" ] && ! find /data ! -user "$uid" -exec chown "$uid:$gid" {} + 2>/dev/null; then
+    echo "This root cannot make /data the property of uid $uid: add the capabilities CHOWN and" \
+        "DAC_READ_SEARCH, or chown the folder to $uid:$gid from outside" >&2
     exit 1
 fi
 exec $drop "$@"
