@@ -168,7 +168,8 @@ def test_every_other_command_runs_as_it_stands(checkout):
     checkout.deliver(event_payload())
     for command in PLAIN:
         print(f"$ {command}\n{checkout.run(command)}")
-    backups = [*checkout.folder.glob("backups/*.db"), checkout.folder / "before-upgrade.db"]
+    data = checkout.folder / "data"
+    backups = [*data.glob("backups/*.db"), data / "before-upgrade.db"]
     assert [backup.stat().st_size > 0 for backup in backups] == [True, True]
 
 
