@@ -1,5 +1,10 @@
 """Receive Sentry's webhooks, keep every new error, and give the latest one back."""
 
+import sys
+
+if sys.version_info < (3, 11):  # noqa: UP036
+    sys.exit(f"The collector needs Python 3.11 or newer, this is {sys.version.split()[0]}.")
+
 import base64
 import codecs
 import errno
@@ -14,7 +19,6 @@ import os
 import re
 import sqlite3
 import string
-import sys
 import threading
 import time
 import unicodedata
@@ -1896,6 +1900,8 @@ def check_backup(path):
                     "restore it with the collector that made it"
                 )
             return count_errors(connection)
+    except sqlite3.OperationalError as error:
+        raise ValueError(f"{path} cannot be read: {error}") from None
     except sqlite3.DatabaseError as error:
         raise ValueError(f"{path} is no database of the collector ({error})") from None
 
@@ -3429,6 +3435,12 @@ def show_health():
     return response
 
 
+RESTORE_CURE = (
+    "move it and the files beside it that begin with its name away, then restore a backup: "
+    "flask --app collector restore FILE"
+)
+
+
 def cure_of(error):
     """Return what to do about a database that cannot be written."""
     if is_busy(error):
@@ -3437,10 +3449,7 @@ def cure_of(error):
     if code == sqlite3.SQLITE_FULL or getattr(error, "errno", 0) == errno.ENOSPC:
         return "free space on the disk"
     if code in (sqlite3.SQLITE_CORRUPT, sqlite3.SQLITE_NOTADB):
-        return (
-            "move it and the files beside it that begin with its name away, then restore a backup: "
-            "flask --app collector restore FILE"
-        )
+        return RESTORE_CURE
     if code in (sqlite3.SQLITE_READONLY, sqlite3.SQLITE_CANTOPEN, sqlite3.SQLITE_PERM):
         return "make the folder and its files writable for the collector's user"
     return "see the log"
@@ -3616,16 +3625,19 @@ def doctor_command():
     checks = check_settings, check_data, check_database, check_disk, check_spool, check_service
     has_fault = False
     for check in checks:
-        for verdict, words in check(collector()):
-            click.echo(f"{verdict:6} {words}")
+        try:
+            lines = list(check(collector()))
+        except OSError as error:
+            lines = [("FAULT", f"cannot look: {error}; run this as the user who serves")]
+        for verdict, words in lines:
+            click.echo(f"{verdict:6} {' '.join(words.split())[:400]}")
             has_fault |= verdict == "FAULT"
-    if has_fault:
-        sys.exit(1)
+    sys.exit(has_fault)
 
 
 def check_settings(shared):
-    """Return the doctor's lines, as (verdict, words), about the settings, which are valid by now."""
-    lines = [("ok", "the settings are valid")]
+    """Yield the doctor's lines, as (verdict, words), about the settings, which are valid by now."""
+    yield "ok", "the settings are valid"
     remarks = {
         "SENTRY_CLIENT_SECRET": "anybody who reaches the port can post",
         "API_TOKEN": "anybody who reaches the port can read",
@@ -3633,73 +3645,77 @@ def check_settings(shared):
     }
     for name, words in remarks.items():
         if not shared.settings[name]:
-            lines.append(("note", f"{name} is not set: {words}"))
-    return lines
+            yield "note", f"{name} is not set: {words}"
 
 
 def check_data(shared):
-    """Return the doctor's lines about the data folder."""
-    folder = shared.database.path.parent
-    if not folder.is_dir():
-        return [("note", f"{folder} is not there; it is made at the start")]
-    if not os.access(folder, os.W_OK | os.X_OK):
-        owner = folder.stat().st_uid
-        words = f"{folder} belongs to uid {owner} and uid {os.getuid()} cannot write it; chown it"
-        return [("FAULT", words)]
-    return [("ok", f"{folder} can be written; journal mode {shared.database.journal_mode}")]
+    """Yield the doctor's lines about the data folder and what is in it."""
+    path = shared.database.path
+    files = [file for file in (path.parent, *path.parent.glob("*")) if not os.access(file, os.W_OK)]
+    if not path.parent.exists():
+        yield "note", f"{path.parent} is not there; the start makes it"
+    elif files:
+        owner = files[0].stat().st_uid
+        words = "chown it, or mount it so that it can be written"
+        yield "FAULT", f"uid {os.getuid()} cannot write {files[0]}, uid {owner}'s; {words}"
+    else:
+        yield "ok", f"{path.parent} can be written; journal mode {shared.database.journal_mode}"
 
 
 def check_database(shared):
-    """Return the doctor's lines about the database."""
+    """Yield the doctor's line about the database."""
     path = shared.database.path
-    if not path.exists():
-        return [("note", f"{path} is not there; it is made at the start")]
+    if not path.exists() or path.stat().st_size == 0:
+        yield "note", f"{path} is not there; the start makes it"
+        return
     try:
         errors = check_backup(path)
-        size = path.stat().st_size
-    except (ValueError, sqlite3.Error, OSError) as error:
-        restore_words = "'flask --app collector restore FILE' puts a backup in its place"
-        return [("FAULT", f"{error}; {restore_words}")]
-    return [("ok", f"{path} is whole: {errors} errors, {size} bytes")]
+        yield "ok", f"{path} is whole; errors: {errors}, size: {path.stat().st_size / 1e6:.1f} MB"
+    except ValueError as error:
+        yield "FAULT", f"{error}. To use a backup instead, {RESTORE_CURE}"
 
 
 def check_disk(shared):
-    """Return the doctor's lines about the free space."""
+    """Yield the doctor's line about the free space."""
     folder = shared.database.path.parent
     while not folder.exists():
         folder = folder.parent
     free = free_bytes(folder)
+    words = f"free on the disk: {free // 1_000_000} MB"
     if free < SPOOL_FREE_BYTES:
-        return [("FAULT", f"the disk has {free} bytes left; free some, or set RETENTION_DAYS")]
-    return [("ok", f"the disk has {free // 1024**2} MB left")]
+        yield "FAULT", f"{words}; free some, or deliveries are refused"
+    else:
+        yield "ok", words
 
 
 def check_spool(shared):
-    """Return the doctor's lines about the spool."""
+    """Yield the doctor's lines about the spool."""
     waiting = len(shared.spool.names())
-    rejected = len(list(shared.spool.folder.glob("*.rejected")))
-    lines = [("ok", f"{waiting} deliveries wait in the spool")]
+    words = f"deliveries in the spool: {waiting}"
     if waiting > SPOOL_LIMIT * SPOOL_NEARLY_FULL:
-        words = f"{waiting} deliveries wait in the spool, its limit is {SPOOL_LIMIT}; see /health for the cause"
-        lines = [("FAULT", words)]
+        yield "FAULT", f"{words}, of at most {SPOOL_LIMIT}; the service's line has the cause"
+    else:
+        yield "ok", words
+    rejected = len(list(shared.spool.folder.glob("*.rejected")))
     if rejected:
-        words = f"{rejected} spooled deliveries could not be stored; look at *.rejected in {shared.spool.folder}"
-        lines.append(("FAULT", words))
-    return lines
+        yield (
+            "FAULT",
+            f"spooled but not to be stored: {rejected}; see {shared.spool.folder}/*.rejected",
+        )
 
 
 def check_service(shared):
-    """Return the doctor's lines about the running service."""
+    """Yield the doctor's line about the running service."""
     port = shared.settings["PORT"]
     try:
         status, words = ask_health(port)
     except (OSError, http.client.HTTPException) as error:
-        return [
-            ("FAULT", f"nothing answers on port {port} ({error}); start the service, or set PORT")
-        ]
-    if status != 200:
-        return [("FAULT", f"the service is not healthy: {words}")]
-    return [("ok", f"the service on port {port} stores errors")]
+        yield "FAULT", f"nothing answers on port {port}: {error}; start the service, or set PORT"
+        return
+    if status == 200:
+        yield "ok", f"the service on port {port} stores errors"
+    else:
+        yield "FAULT", f"the service on port {port} does not store errors: {words}"
 
 
 # --------------------------------------------------------------------------------------------------

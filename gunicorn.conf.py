@@ -36,6 +36,7 @@ def on_starting(server):
             "certfile, proxy_protocol: this service speaks HTTP; put a proxy before it"
         )
     check_folder(cfg)
+    check_port(cfg)
 
 
 def check_folder(cfg):
@@ -52,6 +53,20 @@ def check_folder(cfg):
     _, status = os.waitpid(child, 0)
     if status:
         sys.exit(1)
+
+
+def check_port(cfg):
+    """Stop the start with one line if the port cannot be had, where gunicorn says so eleven times."""
+    has_socket = "LISTEN_FDS" in os.environ or "GUNICORN_FD" in os.environ
+    if has_socket or cfg.bind != [bind]:
+        return
+    with socket.socket() as probe:
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            probe.bind(("0.0.0.0", settings["PORT"]))
+        except OSError as error:
+            fault = f"cannot listen on port {settings['PORT']} ({error.strerror})"
+            collector.fail("PORT", f"{fault}; end what listens there, or take another", "8001")
 
 
 def when_ready(server):
