@@ -946,6 +946,7 @@ class Database:
         self.path = path
         self.journal_mode = choose_journal_mode(path.parent)
         self.kept = None  # connection, opened on first use and so after the fork
+        self.busy_timeout = None  # milliseconds for which it waits for the locks of others
         self.lock = None  # file that writers lock
         self.paused_until = -math.inf  # monotonic time
         self.trouble = None  # error that made the pause
@@ -957,6 +958,7 @@ class Database:
         """Return the kept connection, its database at this code's version."""
         if self.kept is None:
             self.kept = self.open()
+            self.busy_timeout = int(WAIT_SECONDS * 1000)
         return self.kept
 
     def reader(self):
@@ -1072,8 +1074,7 @@ class Database:
             connection = self.connection()
             self.read_until = math.inf
             with self.turn(deadline):
-                milliseconds = max(0, int((deadline - time.monotonic()) * 1000))
-                connection.execute(f"PRAGMA busy_timeout = {milliseconds}")
+                self.wait_for_locks(deadline - time.monotonic())
                 connection.execute("BEGIN IMMEDIATE")
                 yield connection
                 connection.execute("COMMIT")
@@ -1090,7 +1091,14 @@ class Database:
                 if self.kept.in_transaction:
                     self.kept.execute("ROLLBACK")
                 # Reads wait as long as ever: even in WAL mode a checkpoint can make one wait.
-                self.kept.execute(f"PRAGMA busy_timeout = {int(WAIT_SECONDS * 1000)}")
+                self.wait_for_locks(WAIT_SECONDS)
+
+    def wait_for_locks(self, seconds):
+        """Have SQLite wait for the locks of others for so long, in steps of 50 ms."""
+        milliseconds = max(0, round(seconds * 20) * 50)
+        if milliseconds != self.busy_timeout:  # to set it takes a twentieth of a webhook's time
+            self.kept.execute(f"PRAGMA busy_timeout = {milliseconds}")
+            self.busy_timeout = milliseconds
 
     def is_paused(self):
         """Return True if this worker leaves the database alone for now."""
