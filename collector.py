@@ -889,7 +889,7 @@ def now(**ago):
 
 
 def choose_journal_mode(folder, mounts=Path("/proc/self/mountinfo")):
-    """Return WAL for a folder on a local file system, else PERSIST, as WAL corrupts over a network."""
+    """Return WAL for a folder on a local file system, else PERSIST: over a network WAL corrupts."""
     folder = os.fsencode(os.path.realpath(folder))
     longest = -1
     file_system = None
@@ -2940,8 +2940,8 @@ def read_number(query, name, least, most):
 def read_time(query, name):
     """Return a time of the query as ISO 8601, or None.
 
-    It is given as ISO 8601, as Unix seconds, or as long ago as 15m, 24h, 7d or 2w. Aborts with 400 if
-    it is none of these.
+    It is given as ISO 8601, as Unix seconds, or as long ago as 15m, 24h, 7d or 2w. Aborts with 400
+    if it is none of these.
     """
     value = query.get(name)
     if value is None:
@@ -3386,8 +3386,8 @@ ABOUT = {
 STEPS = (
     "In Sentry: Settings > Developer Settings > Create New Integration > Internal Integration; "
     "this as Webhook URL; permission Issue & Event: Read; webhooks: error (Business plan and "
-    "above) or issue. For stack traces on every plan: Alert Rule Action on, the integration as an action "
-    "of an alert rule, SENTRY_ACTIONS=created,triggered here. Then its Client Secret as "
+    "above) or issue. For stack traces on every plan: Alert Rule Action on, the integration as an "
+    "action of an alert rule, SENTRY_ACTIONS=created,triggered here. Then its Client Secret as "
     "SENTRY_CLIENT_SECRET here."
 )
 SECRET_CURE = "set SENTRY_CLIENT_SECRET to the Client Secret of the integration that sends"
@@ -3868,7 +3868,8 @@ def read_token(settings):
 def read_settings(config=None):
     """Return the settings, checked, of `config`, the environment, .env and the defaults.
 
-    The first that has a setting wins. An empty value is an unset one. Raises SystemExit with one line about the first that is bad.
+    The first that has a setting wins. An empty value is an unset one. Raises SystemExit with one
+    line about the first that is bad.
     """
     settings = dict(DEFAULTS)
     for source in (dotenv_values(".env"), os.environ, config or {}):
