@@ -889,7 +889,7 @@ def now(**ago):
 
 
 def choose_journal_mode(folder, mounts=Path("/proc/self/mountinfo")):
-    """Return WAL for a folder on a local file system, else PERSIST, since over a network WAL corrupts."""
+    """Return WAL for a folder on a local file system, else PERSIST: over a network WAL corrupts."""
     folder = os.fsencode(os.path.realpath(folder))
     longest = -1
     file_system = None
@@ -940,12 +940,13 @@ def read_steps():
 
 
 class Database:
-    """One SQLite file that several processes share: each keeps a connection, and writers take turns."""
+    """One SQLite file that several processes share, each with a connection, the writers in turn."""
 
     def __init__(self, path):
         self.path = path
         self.journal_mode = choose_journal_mode(path.parent)
         self.kept = None  # connection, opened on first use and so after the fork
+        self.busy_timeout = None  # milliseconds for which it waits for the locks of others
         self.lock = None  # file that writers lock
         self.paused_until = -math.inf  # monotonic time
         self.trouble = None  # error that made the pause
@@ -957,6 +958,7 @@ class Database:
         """Return the kept connection, its database at this code's version."""
         if self.kept is None:
             self.kept = self.open()
+            self.busy_timeout = int(WAIT_SECONDS * 1000)
         return self.kept
 
     def reader(self):
@@ -987,7 +989,7 @@ class Database:
         return time.monotonic() > self.read_until
 
     def prepare(self, connection):
-        """Bring the database to this code's version and journal mode; leave a newer one alone."""
+        """Bring the database to this code's version and journal mode. Leaves a newer one alone."""
         version = self.version(connection)
         mode = connection.execute("PRAGMA journal_mode").fetchone()[0]
         if version == SCHEMA_VERSION and mode.upper() == self.journal_mode:
@@ -1005,7 +1007,7 @@ class Database:
             raise
 
     def version(self, connection):
-        """Return the version of the database; raise sqlite3.DatabaseError for a newer one."""
+        """Return the version of the database. Raises sqlite3.DatabaseError for a newer one."""
         version = connection.execute("PRAGMA user_version").fetchone()[0]
         if version > SCHEMA_VERSION:
             raise sqlite3.DatabaseError(
@@ -1015,7 +1017,7 @@ class Database:
         return version
 
     def upgrade(self, connection):
-        """Apply the missing steps of the schema in one transaction; the caller has the turn."""
+        """Apply the missing steps of the schema in one transaction. The caller has the turn."""
         version = self.version(connection)  # once more: another worker may have done it
         steps = [step for number, step in sorted(read_steps().items()) if number > version]
         if not steps:
@@ -1040,7 +1042,10 @@ class Database:
 
     @contextmanager
     def turn(self, deadline):
-        """Hold the lock that all writers of the collector take in the block; wait for it until `deadline`."""
+        """Hold the lock that all writers of the collector take in the block.
+
+        Waits for it until `deadline`.
+        """
         if self.lock is None:
             # A file of its own: closing any other descriptor of the database drops SQLite's locks.
             self.lock = open(f"{self.path}.lock", "ab")
@@ -1061,9 +1066,9 @@ class Database:
     def transaction(self, seconds=WAIT_SECONDS):
         """Run the block in a write transaction, in turn with all other writers, and commit it.
 
-        Yields the connection. Raises sqlite3.Error or OSError if the database cannot be written within
-        `seconds`. A worker that has waited in vain for WAIT_SECONDS, or met another fault, leaves the
-        database alone for PAUSE_SECONDS, so that deliveries are spooled at once.
+        Yields the connection. Raises sqlite3.Error or OSError if the database cannot be written
+        within `seconds`. A worker that has waited in vain for WAIT_SECONDS, or met another fault,
+        leaves the database alone for PAUSE_SECONDS, so that deliveries are spooled at once.
         """
         if self.is_paused():
             raise self.trouble.with_traceback(None)
@@ -1072,8 +1077,7 @@ class Database:
             connection = self.connection()
             self.read_until = math.inf
             with self.turn(deadline):
-                milliseconds = max(0, int((deadline - time.monotonic()) * 1000))
-                connection.execute(f"PRAGMA busy_timeout = {milliseconds}")
+                self.wait_for_locks(deadline - time.monotonic())
                 connection.execute("BEGIN IMMEDIATE")
                 yield connection
                 connection.execute("COMMIT")
@@ -1090,7 +1094,14 @@ class Database:
                 if self.kept.in_transaction:
                     self.kept.execute("ROLLBACK")
                 # Reads wait as long as ever: even in WAL mode a checkpoint can make one wait.
-                self.kept.execute(f"PRAGMA busy_timeout = {int(WAIT_SECONDS * 1000)}")
+                self.wait_for_locks(WAIT_SECONDS)
+
+    def wait_for_locks(self, seconds):
+        """Have SQLite wait for the locks of others for so long, in steps of 50 ms."""
+        milliseconds = max(0, round(seconds * 20) * 50)
+        if milliseconds != self.busy_timeout:  # to set it takes a twentieth of a webhook's time
+            self.kept.execute(f"PRAGMA busy_timeout = {milliseconds}")
+            self.busy_timeout = milliseconds
 
     def is_paused(self):
         """Return True if this worker leaves the database alone for now."""
@@ -1100,7 +1111,7 @@ class Database:
         """Move what the WAL holds into the database file, if there is enough of it."""
         if self.transactions < CHECKPOINT_TRANSACTIONS:
             return
-        # In turn with the writers: SQLite before 3.51.3 may corrupt a WAL written and reset at once.
+        # In turn with the writers: SQLite before 3.51.3 may corrupt a WAL reset while written.
         with self.turn(time.monotonic()):
             connection = self.connection()
             moved = connection.execute("PRAGMA wal_checkpoint(PASSIVE)").fetchone()
@@ -1110,7 +1121,7 @@ class Database:
         self.transactions = 0
 
     def close_connection(self):
-        """Close the kept connection; the next use opens one anew."""
+        """Close the kept connection. The next use opens one anew."""
         connection = self.kept
         self.kept = None
         if connection is not None:
@@ -1127,7 +1138,7 @@ class Database:
 
 @contextmanager
 def alive(notify):
-    """Call `notify` once a second while the block runs, so that gunicorn does not end the worker."""
+    """Call `notify` once a second while the block runs, so that gunicorn does not end us."""
     is_over = threading.Event()
 
     def repeat():
@@ -1144,7 +1155,7 @@ def alive(notify):
 
 
 def pack(body):
-    """Return the columns of `bodies` for a body (bytes), made before the transaction and so for nobody to wait."""
+    """Return the columns of `bodies` for a body (bytes), to be made before the transaction."""
     packed = zlib.compress(body, 1)
     if len(packed) >= len(body):
         packed = body  # sqlar_uncompress takes a blob of the stated length for one not compressed
@@ -1189,7 +1200,7 @@ SCOPE = (
 
 
 def identity(row):
-    """Return the condition that finds the stored error which a delivery's row is, if it is there."""
+    """Return the SQL condition that finds the error of a delivery's row, if it is stored."""
     is_usual = row["action"] in (None, "created", "triggered")
     if is_usual and row["event_id"]:
         return f"event_id = :event_id AND {SAME_PLACE}"
@@ -1199,8 +1210,9 @@ def identity(row):
 
 
 def insert_error(connection, row):
-    """Insert a row and its body unless the error is there; return its id, and True if it is new.
+    """Insert a row and its body unless the error is there.
 
+    Returns its id, and True if it is new.
     `row` has the keys of COLUMNS but for the id, and those of pack. The caller's transaction makes
     looking and inserting one step.
     """
@@ -1218,7 +1230,7 @@ def insert_error(connection, row):
 
 
 def insert_row(connection, row):
-    """Insert a row and its body as they are; return the error's id."""
+    """Insert a row and its body as they are. Returns the error's id."""
     id_ = connection.execute(INSERT_ERROR, row).lastrowid
     connection.execute(
         "INSERT INTO bodies VALUES (?, ?, ?)", (id_, row["payload_bytes"], row["payload"])
@@ -1313,7 +1325,7 @@ def facet(name, value):
 def search_texts(row):
     """Return the texts of the search index for an error, in the order of SEARCH_COLUMNS.
 
-    The index can forget only what it was given: to change this, fill the index anew by a schema step.
+    The index can forget only what it was given. To change this, fill it anew by a schema step.
     """
     facets = []
     for name, columns in FACETS.items():
@@ -1341,7 +1353,7 @@ def count_unindexed(connection):
 
 
 def extend_index(database, seconds=STEP_SECONDS):
-    """Add a batch of errors to the search index; return True if more are missing."""
+    """Add a batch of errors to the search index. Returns True if more are missing."""
     if not count_unindexed(database.connection()):
         return False
     with database.transaction(seconds) as connection:
@@ -1356,7 +1368,7 @@ def extend_index(database, seconds=STEP_SECONDS):
 
 
 def complete_index(database):
-    """Add what the search index misses; raise IndexIncomplete if that takes too long."""
+    """Add what the search index misses. Raises IndexIncomplete if that takes too long."""
     until = time.monotonic() + READ_SECONDS
     try:
         while extend_index(database):
@@ -1373,7 +1385,10 @@ def complete_index(database):
 
 
 class IndexIncomplete(Exception):
-    """A search has to wait, since the index is being filled; it has the number of missing errors."""
+    """A search has to wait, since the index is being filled.
+
+    It has the number of missing errors.
+    """
 
     def __init__(self, missing):
         super().__init__(
@@ -1385,7 +1400,7 @@ class IndexIncomplete(Exception):
 
 
 def words_of(query):
-    """Return the words that a search for `query` looks for, each Chinese, Japanese or Korean character one."""
+    """Return the words of a search, each Chinese, Japanese or Korean character one."""
     return re.findall(r"[^\W_]+", spaced(query))
 
 
@@ -1438,7 +1453,7 @@ def narrow(connection, filters):
 
 
 def bounds(row):
-    """Return the filters for ids from the first to the last of a row, which match nothing without them."""
+    """Return the filters for the ids from the first to the last of a row, or for no id."""
     if row["first"] is None:
         return {"from_id": 1, "to_id": 0}
     return {"from_id": row["first"], "to_id": row["last"]}
@@ -1494,7 +1509,7 @@ def select_errors(connection, filters, limit, oldest_first=False):
 
 
 def take_page(cursor, limit):
-    """Return up to `limit` rows of a cursor, which has one more if it can, and True if it had more."""
+    """Return up to `limit` rows of a cursor, and True if it has more."""
     rows = []
     room = PAGE_CHARACTERS
     with closing(cursor):
@@ -1507,7 +1522,7 @@ def take_page(cursor, limit):
 
 
 def select_overview(connection, filters):
-    """Return time of receipt, project, level, release and environment of the newest 10,000 that match."""
+    """Return what the chart and the facets need of the newest 10,000 errors that match."""
     columns = (
         "errors.received_at",
         "substr(errors.project_slug, 1, 200) AS project",
@@ -1593,7 +1608,10 @@ def database_bytes(connection):
 
 
 def check_writable(database):
-    """Commit a row and prove that an error can be inserted; raise sqlite3.Error or OSError otherwise."""
+    """Commit a row and prove that an error can be inserted.
+
+    Raises sqlite3.Error or OSError otherwise.
+    """
     at = now()
     row = dict.fromkeys(COLUMNS) | {"received_at": at, "timestamp": at, "digest": None}
     row |= {"event_id": "health", "issue_id": "health"} | pack(b"{}")
@@ -1606,7 +1624,7 @@ def check_writable(database):
 
 
 def delete_expired(database, days):
-    """Delete some errors that were received more than `days` ago; return how many."""
+    """Delete some errors that were received more than `days` ago. Returns how many."""
     sql = "SELECT id FROM errors WHERE received_at < ? ORDER BY received_at LIMIT ?"
     limits = now(days=days), DELETE_BATCH
     if not database.connection().execute(sql, limits).fetchone():
@@ -1627,7 +1645,7 @@ class Counts:
         self.pending = {}  # (count, time of the last) by (period, outcome, reason)
 
     def add(self, outcome, reason=""):
-        """Count a delivery; outcome and reason are of a fixed few."""
+        """Count a delivery. Outcome and reason are of a fixed few."""
         at = now()
         key = (period_of(at), outcome, reason)
         count, _ = self.pending.get(key, (0, at))
@@ -1681,7 +1699,7 @@ def add_up_old_counts(connection):
 
 
 class Spool:
-    """A folder of deliveries that the database could not take, a file each, named in order of receipt."""
+    """A folder of deliveries that the database could not take, files in order of receipt."""
 
     def __init__(self, folder):
         self.folder = folder
@@ -1691,7 +1709,7 @@ class Spool:
         self.counted_at = -math.inf  # monotonic time
 
     def put(self, received_at, resource, body):
-        """Write a delivery to disk, synced; raise OSError if that cannot be done."""
+        """Write a delivery to disk, synced. Raises OSError if that cannot be done."""
         self.folder.mkdir(parents=True, exist_ok=True)
         self.check_room()
         head = json.dumps([received_at, resource, len(body), zlib.crc32(body)]).encode()
@@ -1730,10 +1748,11 @@ class Spool:
             return []
 
     def move(self, database, read_row):
-        """Move a batch of deliveries into the database; return True if more wait.
+        """Move a batch of deliveries into the database.
 
-        `read_row` makes a row of a body, a resource and a time of receipt. A file is removed after the
-        commit; should that fail, the database knows the delivery when it comes again.
+        Returns True if more wait.
+        `read_row` makes a row of a body, a resource and a time of receipt. A file is removed after
+        the commit; should that fail, the database knows the delivery when it comes again.
         """
         if not self.waiting:
             # Listed once for all that wait, because there may be many thousands of them.
@@ -1758,7 +1777,10 @@ class Spool:
 
     @contextmanager
     def alone(self):
-        """Hold the folder's lock in the block if no other worker does; yield True if it is held."""
+        """Hold the folder's lock in the block if no other worker does.
+
+        Yields True if it is held.
+        """
         folder = os.open(self.folder, os.O_RDONLY)
         try:
             try:
@@ -1770,7 +1792,7 @@ class Spool:
             os.close(folder)
 
     def read_batch(self, read_row):
-        """Return the rows of the next files by name, as many as fit a transaction and STEP_SECONDS."""
+        """Return the rows of the next files by name, as many as one transaction takes."""
         batch = {}
         size = 0
         until = time.monotonic() + STEP_SECONDS
@@ -1787,7 +1809,7 @@ class Spool:
         return batch
 
     def read(self, name, read_row):
-        """Return the row of a spooled delivery, or None if it is gone, unreadable or makes no error."""
+        """Return the row of a spooled delivery, or None if it is gone, unreadable or no error."""
         try:
             head, _, body = (self.folder / name).read_bytes().partition(b"\n")
         except FileNotFoundError:
@@ -1808,7 +1830,7 @@ class Spool:
             return None
 
     def insert(self, connection, name, row):
-        """Insert the row of a spooled delivery; reject it if the fault is its own."""
+        """Insert the row of a spooled delivery. Rejects it if the fault is its own."""
         try:
             insert_error(connection, row)
         except Exception as error:
@@ -1846,7 +1868,7 @@ def sync_folder(path):
 
 
 def open_read_only(path):
-    """Return a connection to an existing database that cannot write it, nor make a file beside it."""
+    """Return a connection that cannot write a database, nor make a file beside it."""
     uri = f"{path.absolute().as_uri()}?{'immutable=1' if is_at_rest(path) else 'mode=ro'}"
     return sqlite3.connect(uri, uri=True, timeout=10, isolation_level=None)
 
@@ -1863,7 +1885,10 @@ def is_at_rest(path):
 
 
 def copy_database(source, target, report=lambda share: None):
-    """Copy what a connection reads into a new file at `target`; `report` gets the share that is done."""
+    """Copy what a connection reads into a new file at `target`.
+
+    `report` gets the share that is done.
+    """
     part = Path(f"{target}.part")
     part.unlink(missing_ok=True)
     source.execute("BEGIN")
@@ -1884,7 +1909,10 @@ def copy_database(source, target, report=lambda share: None):
 
 
 def check_backup(path):
-    """Return how many errors a collector's database at `path` holds; raise ValueError if it is none."""
+    """Return how many errors a collector's database at `path` holds.
+
+    Raises ValueError if it is none.
+    """
     try:
         with closing(open_read_only(path)) as connection:
             version = connection.execute("PRAGMA user_version").fetchone()[0]
@@ -1907,10 +1935,11 @@ def check_backup(path):
 
 
 def restore(database, file):
-    """Replace the content of the live database by that of `file`; return the path of what it replaced.
+    """Replace the content of the live database by that of `file`.
 
-    The service may run: writers wait, and what they receive is spooled. Ids go on from the larger of
-    both, so that no id is used twice.
+    Returns the path of what it replaced.
+    The service may run: writers wait, and what they receive is spooled. Ids go on from the larger
+    of both, so that no id is used twice.
     """
     staged = database.path.with_name(f"{database.path.name}.restoring")
     replaced = database.path.with_name(f"{database.path.name}.before-restore")
@@ -1998,17 +2027,17 @@ def joined(*values):
 
 
 def summary(row, base=""):
-    """Return the scalar keys of an error; `base` is what the addresses here begin with."""
+    """Return the scalar keys of an error. `base` is what the addresses here begin with."""
     return {"id": row["id"], "url": f"{base}/errors/{row['id']}"} | dict(row)
 
 
 def detail(row, body, occurrences, base=""):
-    """Return an error in full; `body` is the delivery as it was received (bytes)."""
+    """Return an error in full. `body` is the delivery as it was received (bytes)."""
     return summary(row, base) | parse_detail(load(body)) | {"occurrences": occurrences}
 
 
 def issue(row, base=""):
-    """Return an issue; `base` is what the addresses here begin with."""
+    """Return an issue. `base` is what the addresses here begin with."""
     query = {"issue": row["issue_id"]}
     if row["server"]:
         query["server"] = row["server"]
@@ -2213,7 +2242,7 @@ def source_lines(frame):
 
 
 def source_line(line, column=None):
-    """Return a source line for a text form, indented; of a long one the part at `column`."""
+    """Return a source line for a text form, indented. Of a long one the part at `column`."""
     line = line.expandtabs(4)
     start = 0
     if len(line) > LINE_SHOWN and column and column < len(line):
@@ -2408,7 +2437,7 @@ def error_line(row):
 
 
 def issue_line(row):
-    """Return the line of an issue in a list; its number is that of its newest error."""
+    """Return the line of an issue in a list. Its number is that of its newest error."""
     name = row["short_id"] or row["issue_id"]
     seen = f"{row['count']} times, last {row['last_seen']}"
     told = (name, row["level"], row["project_slug"], row["title"], row["culprit"])
@@ -2487,7 +2516,7 @@ STATUSES = {"stored": 201, "duplicate": 200, "queued": 202}  # of the reply, by 
 UNSAFE = re.compile(r"[^\w.:/-]", re.ASCII)  # what could end a log line or pass for another
 CROSS_SITE = "cross-site", "same-site"  # values of Sec-Fetch-Site when another web page sends
 MISSING_SIGNATURE = (
-    "The Sentry-Hook-Signature header is missing: send through an internal integration, which signs. "
+    "The Sentry-Hook-Signature header is missing: send by an internal integration, which signs. "
     "The legacy WebHooks plugin cannot; it needs SENTRY_CLIENT_SECRET unset."
 )
 
@@ -2550,7 +2579,7 @@ class Collector:
         return "queued", None
 
     def store(self, body, payload, resource, received_at):
-        """Commit a delivery's error; return the outcome and the error's id."""
+        """Commit a delivery's error. Returns the outcome and the error's id."""
         row = parse_error(payload, resource, received_at) | pack(body)
         with self.database.transaction() as connection:
             id_, is_new = insert_error(connection, row)
@@ -2566,7 +2595,7 @@ class Collector:
         self.report(error)
 
     def maintain(self):
-        """Do one short step of what must not delay a reply; return True if another is due."""
+        """Do one short step of what must not delay a reply. Returns True if another is due."""
         if self.database.is_paused():
             return False
         step = self.next_step()
@@ -2589,7 +2618,7 @@ class Collector:
         return None
 
     def move_spooled(self):
-        """Move some spooled deliveries into the database; return True if more wait."""
+        """Move some spooled deliveries into the database. Returns True if more wait."""
 
         def read_row(body, resource, received_at):
             return parse_error(parse_body(body), resource, received_at)
@@ -2597,7 +2626,7 @@ class Collector:
         return self.spool.move(self.database, read_row)
 
     def extend_index(self):
-        """Add some errors to the search index; return True if more are missing."""
+        """Add some errors to the search index. Returns True if more are missing."""
         return extend_index(self.database)
 
     def write_counts(self):
@@ -2605,7 +2634,7 @@ class Collector:
         self.counts.write(self.database)
 
     def delete_expired(self):
-        """Delete some errors that RETENTION_DAYS has passed; return True if there may be more."""
+        """Delete some errors that RETENTION_DAYS has passed. Returns True if there may be more."""
         days = self.settings["RETENTION_DAYS"]
         if not days:
             return False
@@ -2621,7 +2650,7 @@ class Collector:
         self.deleted = 0
 
     def close(self):
-        """Write what is only in memory, and close the database; the process ends."""
+        """Write what is only in memory, and close the database. The process ends."""
         self.log_deletions()
         with suppress(sqlite3.Error, OSError):
             self.write_counts()
@@ -2661,7 +2690,7 @@ def receive_webhook():
 
 
 def delivery_reply(reply, status):
-    """Log a delivery's outcome; return the response, after which maintenance goes on."""
+    """Log a delivery's outcome. Returns the response, after which maintenance goes on."""
     log_delivery(reply["status"], reply.get("id", ""), reply.get("reason", ""))
     response = Response(as_json(reply), status, mimetype=FORMS["json"])
     if status == 201:
@@ -2678,7 +2707,10 @@ def refuse_web_pages():
 
 
 def read_body(limit):
-    """Return the request's body (bytes), of any transfer coding; raise Refused if it is too long or cut short."""
+    """Return the request's body (bytes), of any transfer coding.
+
+    Raises Refused if it is too long or cut short.
+    """
     length = request.content_length
     if length is not None and length > limit:
         raise too_large(length, limit)
@@ -2704,7 +2736,7 @@ def too_large(length, limit):
 
 
 def is_signed(body, given, secrets):
-    """Return True if `given` (bytes) is the signature of a body (bytes) by one of the client secrets."""
+    """Return True if `given` (bytes) signs a body (bytes) by one of the client secrets."""
     for secret in secrets:
         key = secret.encode("utf-8", "surrogateescape")
         signature = hmac.digest(key, body, "sha256").hex().encode()
@@ -2741,7 +2773,7 @@ def explain_signature(body, given, secrets):
 
 
 def as_sentry_writes(body):
-    """Return the JSON of a body (bytes) in the bytes that Sentry would send, or the body if it is no JSON."""
+    """Return the JSON of a body in the bytes that Sentry would send, or the body if it is none."""
     try:
         return json.dumps(json.loads(body), separators=(",", ":")).encode()
     except (ValueError, RecursionError):
@@ -2877,7 +2909,10 @@ def preference(form):
 
 
 def read_query(*names):
-    """Return the query string as a dict without empty values; abort with 400 on an unknown name or a repeat."""
+    """Return the query string as a dict without empty values.
+
+    Aborts with 400 on an unknown name or a repeat.
+    """
     for name, values in request.args.lists():
         if name not in names:
             known = ", ".join(names) or "none"
@@ -2889,7 +2924,10 @@ def read_query(*names):
 
 
 def read_number(query, name, least, most):
-    """Return a whole number of the query, or None; abort with 400 if it is another thing or out of bounds."""
+    """Return a whole number of the query, or None.
+
+    Aborts with 400 if it is another thing or out of bounds.
+    """
     value = query.get(name)
     if value is None:
         return None
@@ -2900,9 +2938,10 @@ def read_number(query, name, least, most):
 
 
 def read_time(query, name):
-    """Return a time of the query, ISO 8601, Unix seconds, or as long ago as 15m, 24h, 7d or 2w, or None.
+    """Return a time of the query as ISO 8601, or None.
 
-    Aborts with 400 if it is none of these.
+    It is given as ISO 8601, as Unix seconds, or as long ago as 15m, 24h, 7d or 2w. Aborts with 400
+    if it is none of these.
     """
     value = query.get(name)
     if value is None:
@@ -2922,7 +2961,7 @@ def read_time(query, name):
 
 
 def read_filters(query):
-    """Return the filters of a query as Storage takes them; abort with 400 on a bad one."""
+    """Return the filters of a query as Storage takes them. Aborts with 400 on a bad one."""
     filters = {name: query.get(name) for name in (*FACETS, "event", "q")}
     filters |= {name: read_time(query, name) for name in ("since", "until")}
     filters |= {name: read_number(query, name, 0, 2**63 - 1) for name in ("before", "after")}
@@ -3002,7 +3041,7 @@ def show_latest():
 
 @web.get("/errors/<int:id_>")
 def show_error(id_):
-    """Show one error in full; `within` is the query of the list whose neighbours its page shows."""
+    """Show one error in full. `within` is the query of the list whose neighbours its page shows."""
     form = choose_form("json", "text", "html")
     query = read_query("format", "within")
     within = dict(parse_qsl(query.get("within", "")))
@@ -3021,7 +3060,7 @@ def show_payload(id_):
 
 
 def find_row(connection, id_):
-    """Return an error's row; abort with 404 if there is none."""
+    """Return an error's row. Aborts with 404 if there is none."""
     row = select_error(connection, id_) if id_ < 2**63 else None
     if row is None:
         abort_missing(id_)
@@ -3029,7 +3068,7 @@ def find_row(connection, id_):
 
 
 def find_body(connection, row):
-    """Return the body of a row's delivery (bytes); abort with 404 if it was deleted meanwhile."""
+    """Return the body of a row's delivery (bytes). Aborts with 404 if it was deleted meanwhile."""
     body = select_body(connection, row["id"])
     if body is None:
         abort_missing(row["id"])
@@ -3042,7 +3081,7 @@ def abort_missing(id_):
 
 
 def show(connection, row, form, within, refresh=None):
-    """Reply with one error in full; `within` are the filters of the list that its page stays in."""
+    """Reply with one error in full. `within` are the filters of the list that its page stays in."""
     error = summary(row, link("")) | {"occurrences": select_occurrences(connection, row)}
     state = [error]
     if form == "html":
@@ -3346,9 +3385,9 @@ ABOUT = {
 }
 STEPS = (
     "In Sentry: Settings > Developer Settings > Create New Integration > Internal Integration; "
-    "this as Webhook URL; permission Issue & Event: Read; webhooks: error (Business plan and above) "
-    "or issue. For stack traces on every plan: Alert Rule Action on, the integration as an action "
-    "of an alert rule, SENTRY_ACTIONS=created,triggered here. Then its Client Secret as "
+    "this as Webhook URL; permission Issue & Event: Read; webhooks: error (Business plan and "
+    "above) or issue. For stack traces on every plan: Alert Rule Action on, the integration as an "
+    "action of an alert rule, SENTRY_ACTIONS=created,triggered here. Then its Client Secret as "
     "SENTRY_CLIENT_SECRET here."
 )
 SECRET_CURE = "set SENTRY_CLIENT_SECRET to the Client Secret of the integration that sends"
@@ -3511,7 +3550,9 @@ def handle_failure(error):
     """Reply to a read that the database, its disk, the memory or the clock ended."""
     if is_interrupted(error):
         log_seldom("ended a search that took too long, from %s", caller())
-        words = "The search takes longer than half a second; narrow the search: fewer words, or a filter."
+        words = (
+            "The search takes longer than half a second; narrow the search, by a filter or words."
+        )
         return reply_with_error(503, words)
     collector().log_failure("cannot read", error)
     collector().database.close_connection()
@@ -3621,7 +3662,10 @@ def ask_health(port):
 
 @web.cli.command("doctor")
 def doctor_command():
-    """Check the installation and say what to do about each fault; exit with status 1 if there is one."""
+    """Check the installation and say what to do about each fault.
+
+    Exits with status 1 if there is one.
+    """
     checks = check_settings, check_data, check_database, check_disk, check_spool, check_service
     has_fault = False
     for check in checks:
@@ -3737,13 +3781,13 @@ DEFAULTS = {
 }
 ACTIONS = "created", "triggered", "unresolved"  # actions of deliveries that hold an error
 CONTENT_SECURITY_POLICY = (
-    "default-src 'none'; style-src 'sha256-{}'; img-src data:; form-action 'self'; base-uri 'none'; "
-    "frame-ancestors 'none'"
+    "default-src 'none'; style-src 'sha256-{}'; img-src data:; form-action 'self'; "
+    "base-uri 'none'; frame-ancestors 'none'"
 )
 
 
 def stamp_code():
-    """Return what changes when the code or a template does, because other code makes other replies."""
+    """Return what changes with the code and the templates, because the replies do."""
     folder = Path(__file__).parent
     hashed = hashlib.sha256(VERSION.encode())
     for path in (Path(__file__), *sorted((folder / "templates").iterdir())):
@@ -3760,7 +3804,7 @@ def fail(name, fault, example):
 
 
 def read_whole_number(settings, name, least, most):
-    """Return a setting as a number; end the start if it is another thing or out of bounds."""
+    """Return a setting as a number. Ends the start if it is another thing or out of bounds."""
     value = settings[name].strip()
     is_number = re.fullmatch(r"[0-9]{1,12}", value) is not None
     if not is_number or not least <= int(value) <= most:
@@ -3775,7 +3819,7 @@ def read_list(settings, name):
 
 
 def read_database_path(settings):
-    """Return the path in DATABASE_URL, its links resolved; end the start if there is none."""
+    """Return the path in DATABASE_URL, its links resolved. Ends the start if there is none."""
     url = settings["DATABASE_URL"].strip()
     match = re.fullmatch(r"sqlite(?:\+aiosqlite)?:///([^?#]+)", url)
     if not match or match[1] == ":memory:":
@@ -3787,7 +3831,7 @@ def read_database_path(settings):
 
 
 def read_secrets(settings):
-    """Return the client secrets, as they were typed: a refusal says what may be wrong with their ends."""
+    """Return the client secrets as they were typed, so that a refusal can say what is wrong."""
     secrets = read_list(settings, "SENTRY_CLIENT_SECRET")
     if settings["SENTRY_CLIENT_SECRET"] and not secrets:
         fail("SENTRY_CLIENT_SECRET", "there is no secret between its commas", "0123abcd,4567ef89")
@@ -3795,7 +3839,7 @@ def read_secrets(settings):
 
 
 def read_actions(settings):
-    """Return the accepted actions; end the start on an unknown one."""
+    """Return the accepted actions. Ends the start on an unknown one."""
     actions = read_list({"SENTRY_ACTIONS": settings["SENTRY_ACTIONS"].strip()}, "SENTRY_ACTIONS")
     unknown = [action for action in actions if action not in ACTIONS]
     if unknown or not actions:
@@ -3805,7 +3849,7 @@ def read_actions(settings):
 
 
 def read_public_url(settings):
-    """Return PUBLIC_URL without a slash at its end; end the start if it is no address."""
+    """Return PUBLIC_URL without a slash at its end. Ends the start if it is no address."""
     url = settings["PUBLIC_URL"].strip().rstrip("/")
     if url and not re.fullmatch(r"https?://[^\s/?#\"'<>\\]+(/[^\s?#\"'<>\\]*)?", url):
         fault = f"{ascii(url[:60])} is not an address that begins with http:// or https://"
@@ -3814,7 +3858,7 @@ def read_public_url(settings):
 
 
 def read_token(settings):
-    """Return API_TOKEN; end the start if a header cannot carry it."""
+    """Return API_TOKEN. Ends the start if a header cannot carry it."""
     token = settings["API_TOKEN"].strip()
     if not token.isascii() or not token.isprintable():
         fail("API_TOKEN", "it has characters other than ASCII", "5f1c0a9e7b3d4c62")
@@ -3822,9 +3866,10 @@ def read_token(settings):
 
 
 def read_settings(config=None):
-    """Return the checked settings of `config`, the environment, .env and the defaults, the first that has one.
+    """Return the settings, checked, of `config`, the environment, .env and the defaults.
 
-    An empty value is an unset one. Raises SystemExit with one line about the first that is bad.
+    The first that has a setting wins. An empty value is an unset one. Raises SystemExit with one
+    line about the first that is bad.
     """
     settings = dict(DEFAULTS)
     for source in (dotenv_values(".env"), os.environ, config or {}):
@@ -3849,7 +3894,10 @@ def read_settings(config=None):
 
 
 def check_folder(path):
-    """Make the folders of the database and the spool; end the process if they cannot be written."""
+    """Make the folders of the database and the spool.
+
+    Ends the process if they cannot be written.
+    """
     folder = path.parent
     try:
         (folder / "spool").mkdir(parents=True, exist_ok=True)
@@ -3862,7 +3910,8 @@ def check_folder(path):
         whose = f", this is uid {os.getuid()}"
         if folder.exists():
             whose = f" owned by uid {folder.stat().st_uid}{whose}"
-        fault = f"cannot write in {folder}{whose} ({error.strerror or error}); chown it, or name another"
+        cause = error.strerror or error
+        fault = f"cannot write in {folder}{whose} ({cause}); chown it, or name another"
         fail("DATABASE_URL", fault, DEFAULTS["DATABASE_URL"])
 
 
@@ -3945,7 +3994,10 @@ def describe_start(shared):
 
 
 def create_app(config=None):
-    """Return the app, its settings from `config` or the environment (see read_settings); no file is made."""
+    """Return the app, its settings from `config` or the environment (see read_settings).
+
+    No file is made.
+    """
     start_log()
     settings = read_settings(config)
     app = Flask(__name__, static_folder=None)

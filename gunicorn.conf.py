@@ -56,7 +56,7 @@ def check_folder(cfg):
 
 
 def check_port(cfg):
-    """Stop the start with one line if the port cannot be had, where gunicorn says so eleven times."""
+    """Stop the start with one line if the port is taken, which gunicorn says eleven times."""
     has_socket = "LISTEN_FDS" in os.environ or "GUNICORN_FD" in os.environ
     if has_socket or cfg.bind != [bind]:
         return

@@ -1,8 +1,8 @@
 """A gunicorn sync worker that takes up a request once all of it is here.
 
-gunicorn's own SyncWorker reads a request while it serves it, so a client that sends slowly holds the
-worker. This one receives requests without waiting, several at a time, and hands each that is whole to
-gunicorn's own `handle`.
+gunicorn's own SyncWorker reads a request while it serves it, so a client that sends slowly holds
+the worker. This one receives requests without waiting, several at a time, and hands each that is
+whole to gunicorn's own `handle`.
 """
 
 import contextlib
@@ -27,7 +27,7 @@ LEAVING_SECONDS = 1  # time for a client to take the reply to a request it has n
 STOPPING_SECONDS = 1  # time in which a stopping worker serves what is here
 POLL_SECONDS = 0.02  # time between two attempts to get a reader's slot
 IDLE_SECONDS = 0.5  # longest time between two steps of maintenance
-MOST_HELD = 200  # requests that a worker holds
+MOST_HELD = 400  # requests that a worker holds, more than a burst brings
 MOST_HELD_BYTES = 32 * 1024 * 1024  # bytes of them
 RECEIVE_BYTES = 256 * 1024  # bytes that are received at a time
 HEAD_BYTES = 65536  # bytes of a request in which its head has to end
@@ -206,7 +206,8 @@ class Client(socket.socket):
 class Worker(SyncWorker):
     """A sync worker that no client can hold.
 
-    At most all workers but one serve readers at a time. POST requests and health checks wait for none.
+    At most all workers but one serve readers at a time. POST requests and health checks wait for
+    none.
     """
 
     slots = (
@@ -222,7 +223,7 @@ class Worker(SyncWorker):
         self.logged_at = -math.inf  # time of the last line about a client that was dropped
 
     def maintain(self):
-        """Do a short step of work between requests; return True if more is to do. To be replaced."""
+        """Do a short step of work between requests, and return True if more is to do."""
         return False
 
     def init_process(self):
@@ -297,7 +298,7 @@ class Worker(SyncWorker):
         self.has_served_reader = bool(waiting) and self.serve_reader(waiting)
 
     def serve_reader(self, waiting):
-        """Serve the first of the waiting readers if that is its turn; return True if it was served."""
+        """Serve the first of the waiting readers if it may be, and return True if it was."""
         for request in waiting[1:]:
             if time.monotonic() > request.waits_since + READER_SECONDS:
                 self.turn_away(request)

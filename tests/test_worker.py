@@ -295,7 +295,7 @@ def test_of_too_many_requests_the_oldest_is_dropped_and_of_too_large_ones_the_la
     server = make_server(WEB_CONCURRENCY="1")
     first = server.connect(post_of(b"{", length=100))
     time.sleep(0.1)
-    others = [server.connect(post_of(b"{", length=100)) for _ in range(205)]
+    others = [server.connect(post_of(b"{", length=100)) for _ in range(405)]
     assert read(first) == b""
     assert server.ask(post_of(b"{}"))["length"] == 2
     others[-1].setblocking(False)
