@@ -1012,7 +1012,8 @@ class Database:
         if version > SCHEMA_VERSION:
             raise sqlite3.DatabaseError(
                 f"it is of version {version}, made by a newer collector, and this one knows "
-                f"{SCHEMA_VERSION}; run the newer collector, or restore a backup made before it"
+                f"{SCHEMA_VERSION}; run the newer collector, or move it and the files beside it "
+                "away and restore a backup made before"
             )
         return version
 

@@ -32,11 +32,17 @@ def path(make_app):
     return core(app).database.path
 
 
-def look(path, port):
-    """Return the doctor's exit status and its lines, by verdict; the notes about settings left out."""
+def run(path, port, *arguments):
+    """Run a command of the project; return its exit status and what it said."""
     app = create_app({"DATABASE_URL": f"sqlite:///{path}", "PORT": port})
-    done = app.test_cli_runner().invoke(args=["doctor"])
-    return done.exit_code, read_lines(done.output)
+    done = app.test_cli_runner().invoke(args=[str(argument) for argument in arguments])
+    return done.exit_code, done.output
+
+
+def look(path, port):
+    """Return the doctor's exit status, and its lines by verdict."""
+    status, output = run(path, port, "doctor")
+    return status, read_lines(output)
 
 
 def read_lines(output):
@@ -126,6 +132,18 @@ def test_each_fault_is_named_with_its_cure_and_nothing_is_written(path, port, sp
     assert f"nothing answers on port {port}" in said
     assert len(lines["FAULT"]) == 1 + bool(words)
     assert [word for word in words if word not in said] == []
+
+
+@pytest.mark.parametrize("spoil", [make_rubbish, make_newer])
+def test_a_restore_onto_what_it_cannot_replace_says_what_to_do_first(path, port, spoil):
+    run(path, port, "backup", path.with_name("copy.db"))
+    spoil(path)
+    status, words = run(path, port, "restore", path.with_name("copy.db"), "--yes")
+    assert (status, "move it and the files beside it" in words) == (1, True), words
+    for file in path.parent.glob("errors.db*"):
+        file.unlink()
+    assert run(path, port, "restore", path.with_name("copy.db"), "--yes")[0] == 0
+    assert "is whole; errors: 1," in look(path, port)[1]["ok"][1]
 
 
 def run_bound(*arguments, **env):
