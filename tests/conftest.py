@@ -8,6 +8,7 @@ import json
 import logging
 import math
 import os
+import shutil
 import signal
 import socket
 import sqlite3
@@ -20,6 +21,12 @@ import pytest
 from jinja2 import FileSystemBytecodeCache
 
 from collector import check_folder, create_app
+
+# In memory where there is room for it: a database for each test is hundreds of syncs. A kill loses no
+# more there than on a disk.
+MEMORY = Path("/dev/shm")
+if MEMORY.is_dir() and shutil.disk_usage(MEMORY).free > 2 * 1024**3:
+    os.environ.setdefault("PYTEST_DEBUG_TEMPROOT", str(MEMORY))
 
 ROOT = Path(__file__).resolve().parent.parent
 PAYLOADS = Path(__file__).resolve().parent / "payloads"

@@ -1158,24 +1158,16 @@ BOMBS = {
         "main_exception_id": "5",
     },
     "breadcrumbs": {"breadcrumbs": repeat('{"timestamp":1}')},
-    "tag pairs": {"tags": repeat('["a","b"]')},
-    "tag dicts": {"tags": repeat('{"key":"a","value":"b"}')},
     "tag object": {"tags": keys()},
-    "tag value": {"tags": f'[["a",{repeat("[1]")}]]'},
     "threads": {"threads": repeat('{"id":1}'), "exception": '[{"thread_id":7}]'},
     "contexts": {"contexts": keys()},
     "nested": {"extra": f'{{"a":{repeat("[" * 300 + "]" * 300)}}}'},
     "variables": {"stacktrace": within("frames", f"[{within('vars', keys())}]")},
     "source lines": {"stacktrace": within("frames", f"[{within('pre_context', repeat('1'))}]")},
-    "headers": {"request": within("headers", repeat('["a","b"]'))},
     "form": {"request": '{"data":"%s"}' % ("a=b&" * (SIZE // 5))},
     "json": {"request": '{"data":"{%s"}' % ('\\"a\\":1,' * (SIZE // 9))},
-    "mechanisms": {"exception": repeat(within("mechanism", keys(SIZE // 50)))},
     "title": {"title": '"%s"' % ("x" * (SIZE - 300))},
     "link": {"web_url": '"https://%s"' % ("a@/issues/" * (SIZE // 11))},
-    "emoji": {"message": '"%s"' % ("😀" * (SIZE // 4 - 100))},
-    "escapes": {"user": '{"a":["%s"]}' % ("\\ud83d" * (SIZE // 7))},
-    "entries": HOOK % repeat('{"type":"exception","data":{"values":[]}}'),
     "entry lines": HOOK
     % f'[{{"type":"stacktrace","data":{{"frames":[{{"lineNo":5,"context":{repeat("[1,1]")}}}]}}}}]',
 }
@@ -1255,7 +1247,7 @@ RICH = {
 }
 
 
-@pytest.mark.parametrize("name", [*SAMPLES, *NO_ERRORS, "rich"])
+@pytest.mark.parametrize("name", ["issue.created", "legacy_plugin", "service_hook", "rich"])
 def test_any_junk_at_any_position_is_survived(name):
     original = RICH if name == "rich" else load(name)
     payload = copy.deepcopy(original)
