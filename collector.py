@@ -1087,8 +1087,7 @@ class Database:
             if not is_busy(error):
                 self.close_connection()
             if seconds == WAIT_SECONDS or not is_busy(error):
-                self.paused_until = time.monotonic() + PAUSE_SECONDS
-                self.trouble = error
+                self.pause(error)
             raise
         finally:
             if self.kept is not None:
@@ -1103,6 +1102,11 @@ class Database:
         if milliseconds != self.busy_timeout:  # to set it takes a twentieth of a webhook's time
             self.kept.execute(f"PRAGMA busy_timeout = {milliseconds}")
             self.busy_timeout = milliseconds
+
+    def pause(self, error):
+        """Leave the database alone for PAUSE_SECONDS because of an error."""
+        self.paused_until = time.monotonic() + PAUSE_SECONDS
+        self.trouble = error
 
     def is_paused(self):
         """Return True if this worker leaves the database alone for now."""
@@ -2440,7 +2444,8 @@ def error_line(row):
 def issue_line(row):
     """Return the line of an issue in a list. Its number is that of its newest error."""
     name = row["short_id"] or row["issue_id"]
-    seen = f"{row['count']} times, last {row['last_seen']}"
+    times = "1 time" if row["count"] == 1 else f"{row['count']} times"
+    seen = f"{times}, last {row['last_seen']}"
     told = (name, row["level"], row["project_slug"], row["title"], row["culprit"])
     return f"#{row['newest']} {seen}: {flat(joined(*told), 300)}"
 
@@ -2554,6 +2559,7 @@ class Collector:
             self.database.connection()
         except (sqlite3.Error, OSError) as error:
             log.error("the database cannot be used, deliveries are spooled: %s", error)
+            self.database.pause(error)
 
     def keep(self, body, payload, resource, received_at):
         """Store a delivery, or spool it whatever fails, because Sentry will not send it again.
@@ -3469,7 +3475,7 @@ def show_health():
     except (sqlite3.Error, OSError) as error:
         waiting = len(collector().spool.names())
         words = f"The database cannot be written: {error}; {cure_of(error)}."
-        abort(503, f"{words} {waiting} deliveries are spooled.")
+        abort(503, f"{words} In the spool: {waiting}.")
     response = Response(as_json({"status": "ok"}), mimetype=FORMS["json"])
     response.call_on_close(collector().maintain)
     return response
