@@ -17,6 +17,7 @@ import logging
 import math
 import os
 import re
+import signal
 import sqlite3
 import string
 import threading
@@ -948,6 +949,7 @@ class Database:
         self.kept = None  # connection, opened on first use and so after the fork
         self.busy_timeout = None  # milliseconds for which it waits for the locks of others
         self.lock = None  # file that writers lock
+        self.is_waiting = False  # for that lock
         self.paused_until = -math.inf  # monotonic time
         self.trouble = None  # error that made the pause
         self.read_until = math.inf  # monotonic time at which the running query is ended
@@ -1050,18 +1052,35 @@ class Database:
         if self.lock is None:
             # A file of its own: closing any other descriptor of the database drops SQLite's locks.
             self.lock = open(f"{self.path}.lock", "ab")
-        while True:
-            try:
-                fcntl.flock(self.lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                break
-            except BlockingIOError:
-                if time.monotonic() > deadline:
-                    raise busy_error("another process of the collector is writing") from None
-            time.sleep(0.0002)
+        self.wait_for_turn(deadline - time.monotonic())
         try:
             yield
         finally:
             fcntl.flock(self.lock, fcntl.LOCK_UN)
+
+    def wait_for_turn(self, seconds):
+        """Lock the lock file within `seconds`, or raise what SQLite would raise.
+
+        The kernel wakes the next writer at once and in order, where polling would take both cores. A
+        timer ends the wait, so this is for the main thread.
+        """
+
+        def end_wait(number, frame):
+            if self.is_waiting:
+                raise TimeoutError
+
+        self.is_waiting = True
+        try:
+            signal.signal(signal.SIGALRM, end_wait)
+            signal.setitimer(signal.ITIMER_REAL, max(seconds, 0.001))
+            fcntl.flock(self.lock, fcntl.LOCK_EX)
+            self.is_waiting = False  # from here on the timer ends nothing
+        except TimeoutError:
+            fcntl.flock(self.lock, fcntl.LOCK_UN)  # it may have come just after the lock
+            raise busy_error("another process of the collector is writing") from None
+        finally:
+            self.is_waiting = False
+            signal.setitimer(signal.ITIMER_REAL, 0)
 
     @contextmanager
     def transaction(self, seconds=WAIT_SECONDS):
@@ -2542,7 +2561,7 @@ class Collector:
             self.database.checkpoint: 0.1,
             self.move_spooled: 0.2,
             self.write_counts: 1,
-            self.extend_index: 0.2,
+            self.extend_index: 1,
             self.delete_expired: 1,
             self.log_deletions: 24 * 3600,
         }
