@@ -9,6 +9,7 @@ import base64
 import codecs
 import errno
 import fcntl
+import gc
 import hashlib
 import hmac
 import http.client
@@ -17,7 +18,6 @@ import logging
 import math
 import os
 import re
-import signal
 import sqlite3
 import string
 import threading
@@ -79,6 +79,7 @@ SECRET_NAME = re.compile(
 )
 # The names of values that are URLs or queries, which may have secrets among their parameters.
 LINK_NAME = re.compile(r"(?:ur[il]|query|query[-_]?string|referr?er|location)$", re.IGNORECASE)
+LINK_STARTS = "http://", "https://", "/", "?"  # beginnings of other values that may be URLs
 # A parameter of a query or a form, and a member of broken JSON: up to the value, the name in it.
 PARAMETER = re.compile(r"(?<![^?&;#])(([^?&;#=]{1,200})=)[^&;#]*")
 JSON_MEMBER = re.compile(r'("([^"\\]{1,200})"\s*:\s*)(?:"(?:[^"\\]|\\.)*"?|[^,}\]\s]+)')
@@ -108,6 +109,16 @@ GZIP_START = b"\x1f\x8b"
 BYTE_ORDER_MARKS = (codecs.BOM_UTF8, codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE, codecs.BOM_UTF32_BE)
 
 
+@contextmanager
+def uncollected():
+    """Run the block without Python's cyclic garbage collector, which slows decoding."""
+    gc.disable()
+    try:
+        yield
+    finally:
+        gc.enable()
+
+
 def parse_body(body):
     """Return the delivery, a dict, in `body` (bytes). Raises Refused for anything else."""
     if body.startswith(GZIP_START):
@@ -118,7 +129,8 @@ def parse_body(body):
         raise Refused(400, "byte order mark", words)
     try:
         # Decoded first, because json.loads would guess UTF-16 and UTF-32 from bytes.
-        payload = DECODER.decode(body.decode("utf-8"))
+        with uncollected():
+            payload = DECODER.decode(body.decode("utf-8"))
     except UnicodeDecodeError:
         words = "The body is not UTF-8; send JSON text encoded as UTF-8."
         raise Refused(400, "not UTF-8", words) from None
@@ -142,7 +154,8 @@ def parse_body(body):
 def load(body):
     """Return the payload in a stored body (bytes), which parse_body has taken."""
     try:
-        return json.loads(body)
+        with uncollected():
+            return json.loads(body)
     except RecursionError:
         # It is nested as deeply as the stack allowed when it was received. A new thread has a whole
         # stack, of which any request has used up more.
@@ -249,7 +262,7 @@ def mask_value(name, value):
     """Return a plain value of this name without secrets."""
     if is_secret(name):
         return MASK
-    if isinstance(value, str) and LINK_NAME.search(name):
+    if isinstance(value, str) and (LINK_NAME.search(name) or value.startswith(LINK_STARTS)):
         return mask_query(value)
     return value
 
@@ -836,7 +849,7 @@ def parse_detail(payload):
     return {
         "exceptions": exceptions,
         "stacktrace": stacktrace,
-        "tags": parse_tags(event),
+        "tags": {name: mask_value(name, value) for name, value in parse_tags(event).items()},
         "actor": parse_actor(payload.get("actor")),
         "request": parse_request(event),
         "breadcrumbs": parse_crumbs(event),
@@ -949,7 +962,6 @@ class Database:
         self.kept = None  # connection, opened on first use and so after the fork
         self.busy_timeout = None  # milliseconds for which it waits for the locks of others
         self.lock = None  # file that writers lock
-        self.is_waiting = False  # for that lock
         self.paused_until = -math.inf  # monotonic time
         self.trouble = None  # error that made the pause
         self.read_until = math.inf  # monotonic time at which the running query is ended
@@ -1052,35 +1064,18 @@ class Database:
         if self.lock is None:
             # A file of its own: closing any other descriptor of the database drops SQLite's locks.
             self.lock = open(f"{self.path}.lock", "ab")
-        self.wait_for_turn(deadline - time.monotonic())
+        while True:
+            try:
+                fcntl.flock(self.lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                break
+            except BlockingIOError:
+                if time.monotonic() > deadline:
+                    raise busy_error("another process of the collector is writing") from None
+            time.sleep(0.0003)
         try:
             yield
         finally:
             fcntl.flock(self.lock, fcntl.LOCK_UN)
-
-    def wait_for_turn(self, seconds):
-        """Lock the lock file within `seconds`, or raise what SQLite would raise.
-
-        The kernel wakes the next writer at once and in order, where polling would take both cores. A
-        timer ends the wait, so this is for the main thread.
-        """
-
-        def end_wait(number, frame):
-            if self.is_waiting:
-                raise TimeoutError
-
-        self.is_waiting = True
-        try:
-            signal.signal(signal.SIGALRM, end_wait)
-            signal.setitimer(signal.ITIMER_REAL, max(seconds, 0.001))
-            fcntl.flock(self.lock, fcntl.LOCK_EX)
-            self.is_waiting = False  # from here on the timer ends nothing
-        except TimeoutError:
-            fcntl.flock(self.lock, fcntl.LOCK_UN)  # it may have come just after the lock
-            raise busy_error("another process of the collector is writing") from None
-        finally:
-            self.is_waiting = False
-            signal.setitimer(signal.ITIMER_REAL, 0)
 
     @contextmanager
     def transaction(self, seconds=WAIT_SECONDS):
@@ -1245,7 +1240,8 @@ def insert_error(connection, row):
     if condition.startswith("digest"):
         row["digest"] = row["body_digest"]
     names = ", ".join(("id", *SCOPE))
-    sql = f"SELECT {names} FROM errors WHERE {condition} ORDER BY id LIMIT 1"
+    order = "ORDER BY id" if condition.startswith("event_id") else ""  # an issue may have many
+    sql = f"SELECT {names} FROM errors WHERE {condition} {order} LIMIT 1"
     stored = connection.execute(sql, row).fetchone()
     if stored is None:
         return insert_row(connection, row | {"id": None}), True
@@ -1615,8 +1611,9 @@ def select_occurrences(connection, row):
 
 
 def select_extent(connection):
-    """Return the oldest and the newest error's id, None where there is none."""
-    sql = "SELECT (SELECT min(id) FROM errors), (SELECT max(id) FROM errors)"
+    """Return what changes with every error that comes, goes or learns its project."""
+    sql = """SELECT (SELECT min(id) FROM errors), (SELECT max(id) FROM errors), deletions
+        FROM search_progress"""
     return list(connection.execute(sql).fetchone())
 
 
@@ -1844,6 +1841,7 @@ class Spool:
             return None
         try:
             received_at, resource, *check = json.loads(head)
+            datetime.fromisoformat(received_at)
             if check and check != [len(body), zlib.crc32(body)]:
                 raise ValueError("the file is damaged")
             return read_row(body, resource, received_at) | pack(body)
@@ -1976,6 +1974,8 @@ def restore(database, file):
     try:
         copy.connection()  # brings it up to date, before writers have to wait
         with database.turn(time.monotonic() + 60):
+            if replaced.exists():
+                replaced.rename(f"{replaced}-{replaced.stat().st_mtime_ns}")
             copy_database(live, replaced)
             sequence = "SELECT coalesce(max(seq), 0) FROM sqlite_sequence WHERE name = 'errors'"
             last_id = max(
@@ -2007,6 +2007,7 @@ LONG_LINE = 100  # characters of a source line above which its column is told, t
 LINE_SHOWN = 160  # most characters of a source line in a text form
 VARIABLES_SHOWN = 1000  # characters of variables after which the others are left out
 INNERMOST = "caused by (innermost)"  # role of the exception that was raised first
+MARKS = 40  # most hidden characters of a value for each of which a page has a sign
 CUT = "\ue000"  # stands for what a line of a text form lost; no text of an error may have it
 HIDDEN_CATEGORIES = "Cc", "Cf", "Cn", "Co", "Cs", "Zl", "Zp"  # Unicode's, of what has no picture
 # Letters and marks without a picture: Unicode's Default_Ignorable ones, and the blank of Braille.
@@ -2110,6 +2111,10 @@ def visible(value, length=2000):
         needed = set()
         for match in NEEDED.finditer(shown):
             needed.update(range(*match.span()))
+        marks = sum(shown.count(character) for character in hidden) - len(needed)
+        if marks > MARKS:
+            shown = shown.translate(dict.fromkeys(map(ord, hidden)))
+            return Markup(shown + rest(marks, "hidden characters"))
         parts = []
         for index, character in enumerate(shown):
             is_marked = character in hidden and index not in needed
@@ -2585,6 +2590,7 @@ class Collector:
 
         Returns the outcome, and the error's id or None. Raises Refused if neither is possible.
         """
+        was_paused = self.database.is_paused()
         try:
             return self.store(body, payload, resource, received_at)
         except Exception as error:
@@ -2597,6 +2603,10 @@ class Collector:
         try:
             self.spool.put(received_at, resource, body)
         except Exception as error:
+            if was_paused:  # the database, which nobody has asked yet, is all that is left
+                self.database.paused_until = -math.inf
+                with suppress(Exception):
+                    return self.store(body, payload, resource, received_at)
             log.critical("LOST a delivery: it can neither be stored nor spooled: %s", error)
             self.report(error)
             words = f"Neither the database nor the spool can be written: {error}; free the disk."
@@ -3501,8 +3511,8 @@ def show_health():
 
 
 RESTORE_CURE = (
-    "move it and the files beside it that begin with its name away, then restore a backup: "
-    "flask --app collector restore FILE"
+    "stop the collector, move it and the files beside it that begin with its name away, restore a "
+    "backup by 'flask --app collector restore FILE', and start again"
 )
 
 
@@ -3515,7 +3525,8 @@ def cure_of(error):
         return "free space on the disk"
     if code in (sqlite3.SQLITE_CORRUPT, sqlite3.SQLITE_NOTADB):
         return RESTORE_CURE
-    if code in (sqlite3.SQLITE_READONLY, sqlite3.SQLITE_CANTOPEN, sqlite3.SQLITE_PERM):
+    is_denied = getattr(error, "errno", 0) in (errno.EACCES, errno.EPERM, errno.EROFS)
+    if is_denied or code in (sqlite3.SQLITE_READONLY, sqlite3.SQLITE_CANTOPEN):
         return "make the folder and its files writable for the collector's user"
     return "see the log"
 
@@ -3874,6 +3885,16 @@ def read_actions(settings):
     return actions
 
 
+def read_hosts(settings):
+    """Return the trusted hosts. Ends the start on one that no Host header can be."""
+    hosts = read_list({"TRUSTED_HOSTS": settings["TRUSTED_HOSTS"].strip().lower()}, "TRUSTED_HOSTS")
+    for host in hosts:
+        if not re.fullmatch(r"[\w.:\[\]-]+", host):
+            fault = f"{ascii(host[:40])} is not the name of a host"
+            fail("TRUSTED_HOSTS", fault, "localhost,errors.example.com")
+    return hosts
+
+
 def read_public_url(settings):
     """Return PUBLIC_URL without a slash at its end. Ends the start if it is no address."""
     url = settings["PUBLIC_URL"].strip().rstrip("/")
@@ -3898,7 +3919,11 @@ def read_settings(config=None):
     line about the first that is bad.
     """
     settings = dict(DEFAULTS)
-    for source in (dotenv_values(".env"), os.environ, config or {}):
+    try:
+        from_file = dotenv_values(".env")
+    except UnicodeDecodeError:
+        raise SystemExit(".env: it is not UTF-8; write it anew as UTF-8 text") from None
+    for source in (from_file, os.environ, config or {}):
         for name in DEFAULTS:
             value = str(source.get(name) or "")
             if value.strip():
@@ -3911,7 +3936,7 @@ def read_settings(config=None):
         "SENTRY_ACTIONS": read_actions(settings),
         "API_TOKEN": read_token(settings),
         "PUBLIC_URL": read_public_url(settings),
-        "TRUSTED_HOSTS": read_list(settings, "TRUSTED_HOSTS"),
+        "TRUSTED_HOSTS": read_hosts(settings),
         "RETENTION_DAYS": read_whole_number(settings, "RETENTION_DAYS", 1, 36500) if days else None,
         "MAX_BODY_BYTES": read_whole_number(settings, "MAX_BODY_BYTES", 1, 32 * 1024 * 1024),
         "WEB_CONCURRENCY": read_whole_number(settings, "WEB_CONCURRENCY", 1, 256),

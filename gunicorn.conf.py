@@ -1,5 +1,7 @@
 """Settings of gunicorn: `gunicorn` alone, in this folder, starts the service."""
 
+import encodings.idna  # noqa: F401 (Werkzeug's first request would look for a free file)
+import gc
 import os
 import socket
 import sys
@@ -71,6 +73,7 @@ def check_port(cfg):
 
 def when_ready(server):
     """Have the kernel keep connections until they bring data, because browsers open spare ones."""
+    gc.freeze()  # what is there now stays, and is shared with the workers
     collector.log.info(collector.describe_start(server.app.wsgi().extensions["collector"]))
     for listener in server.LISTENERS:
         is_tcp = listener.sock.family in (socket.AF_INET, socket.AF_INET6)

@@ -147,6 +147,7 @@ END;
 
 CREATE TRIGGER errors_deleted AFTER DELETE ON errors BEGIN
     DELETE FROM bodies WHERE id = old.id;
+    UPDATE search_progress SET deletions = deletions + 1;
     UPDATE issues SET count = count - 1
     WHERE issue_id = old.issue_id AND server = coalesce(old.server, '');
     DELETE FROM issues
@@ -178,10 +179,11 @@ CREATE VIRTUAL TABLE errors_search USING fts5 (
 
 CREATE TABLE search_progress (
     id         INTEGER PRIMARY KEY CHECK (id = 1),
-    indexed_to INTEGER NOT NULL                         -- id of the newest error in errors_search
+    indexed_to INTEGER NOT NULL,                        -- id of the newest error in errors_search
+    deletions  INTEGER NOT NULL                         -- of errors, so that an export tells them
 );
 
-INSERT INTO search_progress VALUES (1, 0);
+INSERT INTO search_progress VALUES (1, 0, 0);
 
 -- What came of the deliveries, a row for each ten minutes, outcome and reason; the reasons are a fixed few.
 ALTER TABLE deliveries RENAME COLUMN day TO period;

@@ -304,7 +304,8 @@ class Worker(SyncWorker):
                 self.turn_away(request)
         request = waiting[0]
         is_webhook_coming = any(other.is_young_post() for other in self.held)
-        if not is_webhook_coming and self.take_slot():
+        has_waited = time.monotonic() > request.waits_since + YOUNG_SECONDS
+        if (has_waited or not is_webhook_coming) and self.take_slot():
             try:
                 self.serve(request)
             finally:
@@ -389,7 +390,10 @@ class Worker(SyncWorker):
 
 
 def shorten(record):
-    """Cut a log line in which gunicorn quotes a broken request; return True to have it logged."""
+    """Cut a log line in which gunicorn quotes a request and perhaps a secret. Returns True."""
     if not record.args:
-        record.msg = str(record.msg)[:LOG_LENGTH]
+        message = str(record.msg)
+        if message.startswith("Invalid request"):
+            message = message.partition("'")[0]
+        record.msg = message[:LOG_LENGTH]
     return True

@@ -16,6 +16,8 @@ from urllib.parse import quote
 import pytest
 from conftest import SECRET, Server, event_payload, post, wait_for, wire
 
+import collector
+
 WINDOWS = [(380, "dark"), (1280, "light"), (380, "light"), (1280, "dark")]
 
 
@@ -1062,3 +1064,9 @@ def test_huge_values_are_cut_with_a_way_to_the_rest(browser, make_server):
     assert shown == list(range(2993, 3006))
     assert "/errors/1/payload" in links(browser, "main a")
     assert server.request("GET", "/errors/1/payload")[2] == body
+
+
+def test_a_value_of_nothing_but_hidden_characters_is_shown_by_their_number():
+    shown = collector.visible("a" + "\x7f" * 2000, 3000)
+    assert "\x7f" not in shown
+    assert "2,000 hidden characters" in shown and len(shown) < 200

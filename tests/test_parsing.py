@@ -1359,3 +1359,13 @@ def test_the_most_nested_body_that_is_taken_is_read_back_on_any_stack(used):
     room = sys.getrecursionlimit() - used - 200
     payload = load_deep(body, max(room, 0))
     assert parse_detail(payload)["extra"] == {"a": [[[[["…"]]]]]}
+
+
+def test_tags_and_values_that_are_urls_are_masked_by_the_names_in_them():
+    tags = [["password", "x"], ["url", "/pay?token=x"], ["page", "https://a/?api_key=x&b=1"]]
+    payload = {"action": "created", "data": {"error": {"tags": tags}}}
+    assert parse_detail(payload)["tags"] == {
+        "password": "[masked]",
+        "url": "/pay?token=[masked]",
+        "page": "https://a/?api_key=[masked]&b=1",
+    }

@@ -1495,3 +1495,15 @@ def test_a_long_host_or_query_does_not_make_a_text_longer(client):
     assert "\nurl: /errors/1\n" in text
     query = {"format": "text", "limit": 1, "q": "words " + '"' * 3000}
     assert len(client.get("/errors", query_string=query).text) <= 8000
+
+
+def test_the_tag_of_an_export_differs_when_a_row_in_the_middle_is_deleted_or_learns(app, client):
+    for number in range(3):
+        post(client, event_payload(f"{number:032x}"))
+    path = "/errors?format=ndjson"
+    tags = {client.get(path).headers["ETag"]}
+    post(client, event_payload(f"{1:032x}", project=7))
+    tags.add(client.get(path).headers["ETag"])
+    execute(app, "DELETE FROM errors WHERE id = 2")
+    tags.add(client.get(path).headers["ETag"])
+    assert len(tags) == 3

@@ -40,7 +40,7 @@ from conftest import (
 )
 
 import collector
-from collector import COLUMNS, Database, choose_journal_mode, create_app
+from collector import COLUMNS, Database, busy_error, choose_journal_mode, create_app
 
 BODY_COLUMNS = "payload_bytes", "payload"
 OLD_COLUMNS = COLUMNS[:-2]  # columns of 1.0.0
@@ -1037,6 +1037,12 @@ def test_if_neither_database_nor_spool_can_be_written_sentry_is_told(
     assert counts(client)["refused", "disk"] == 1
 
 
+def test_a_paused_worker_without_room_to_spool_asks_the_database_again(app, client, monkeypatch):
+    monkeypatch.setattr("collector.SPOOL_LIMIT", 0)
+    core(app).database.pause(busy_error("a lock that is gone by now"))
+    assert post(client, event_payload()).status_code == 201
+
+
 # --------------------------------------------------------------------------------------------------
 # The spool
 # --------------------------------------------------------------------------------------------------
@@ -1760,6 +1766,18 @@ def test_a_restore_replaces_the_errors_and_keeps_what_was_there(app, client, bac
         "errors.db.before-restore",
         "spool",
     }
+
+
+def test_a_second_restore_keeps_what_the_first_one_has_replaced(app, client, backup, tmp_path):
+    for number in (1, 2):
+        post(client, event_payload(f"{number:032x}", title=f"before restore {number}"))
+        run = app.test_cli_runner().invoke(args=["restore", "--yes", str(backup)])
+        assert run.exit_code == 0
+    kept = []
+    for path in sorted((tmp_path / "data").glob("errors.db.before-restore*")):
+        with closing(sqlite3.connect(path)) as replaced:
+            kept += [title for (title,) in replaced.execute("SELECT title FROM errors")]
+    assert {"before restore 1", "before restore 2"} <= set(kept)
 
 
 def test_a_restore_is_seen_by_the_workers_that_run(make_app, backup):
