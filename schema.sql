@@ -111,7 +111,8 @@ INSERT INTO sqlite_sequence SELECT 'errors', seq FROM sqlite_sequence WHERE name
 DROP TABLE errors_1;
 
 CREATE INDEX errors_event_id ON errors (event_id) WHERE event_id IS NOT NULL;
-CREATE INDEX errors_issue_id ON errors (issue_id, server, received_at) WHERE issue_id IS NOT NULL;
+CREATE INDEX errors_issue_id ON errors (issue_id, server, received_at, release)
+WHERE issue_id IS NOT NULL;
 CREATE INDEX errors_short_id ON errors (short_id) WHERE short_id IS NOT NULL;
 CREATE INDEX errors_digest ON errors (digest) WHERE digest IS NOT NULL;
 CREATE INDEX errors_received_at ON errors (received_at);
