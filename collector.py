@@ -1210,12 +1210,8 @@ SAME_PLACE = """
         ELSE coalesce(project_slug = :project_slug, TRUE)
     END
 """
-SCOPE = (
-    "server",
-    "project_id",
-    "project_slug",
-    "project_name",
-)  # columns learnt from later deliveries
+# Columns that a stored error learns from later deliveries of it.
+SCOPE = "server", "project_id", "project_slug", "project_name"
 
 
 def identity(row):
@@ -1915,16 +1911,14 @@ def copy_database(source, target, report=lambda share: None):
     part.unlink(missing_ok=True)
     source.execute("BEGIN")
     try:
-        source.execute(
-            "SELECT 1 FROM sqlite_schema"
-        ).fetchone()  # one snapshot, or writers restart the copy
+        # One snapshot, or each writer would make the copy start again.
+        source.execute("SELECT 1 FROM sqlite_schema").fetchone()
         with closing(sqlite3.connect(part)) as copy:
             source.backup(
                 copy, pages=2000, progress=lambda _, left, pages: report(1 - left / max(pages, 1))
             )
-            copy.execute(
-                "PRAGMA journal_mode = DELETE"
-            )  # one file, complete without a WAL beside it
+            # One file, complete without a WAL beside it.
+            copy.execute("PRAGMA journal_mode = DELETE")
     finally:
         source.execute("ROLLBACK")
     part.rename(target)
@@ -1970,8 +1964,8 @@ def restore(database, file):
         copy_database(source, staged)
     copy = Database(staged)
     copy.journal_mode = "DELETE"
-    live = database.connection()
     try:
+        live = database.connection()
         copy.connection()  # brings it up to date, before writers have to wait
         with database.turn(time.monotonic() + 60):
             if replaced.exists():
@@ -2539,7 +2533,6 @@ FORMS = {
 FILTERS = (*FACETS, "event", "since", "until", "q")
 LEVELS = "fatal", "error", "warning", "info", "debug", "sample"  # levels that Sentry knows
 QUERY_WORDS = 40  # most words of a search, each Chinese, Japanese or Korean character one
-PAGE_BYTES = 8 * 1024 * 1024  # most bytes of a page of summaries
 RETRY_AFTER = "5"  # seconds, with a 503
 EXPLAIN_BYTES = 256 * 1024  # largest body for which a wrong signature is explained
 STATUSES = {"stored": 201, "duplicate": 200, "queued": 202}  # of the reply, by outcome
@@ -2701,7 +2694,6 @@ def collector():
 # The webhook
 
 
-@web.post("/sentry/webhook/")  # Sentry follows no redirect, and takes one for success
 @web.post("/sentry/webhook")
 def receive_webhook():
     """Take a delivery of Sentry's."""
@@ -2798,14 +2790,15 @@ def explain_signature(body, given, secrets):
         cure = f"it has {len(given)} characters, HMAC-SHA256 in hex has 64; let Sentry sign"
         return "signature length", cure
     if is_signed(body, given, [secret.strip() for secret in secrets]):
-        return "white space in secret", "remove the white space around SENTRY_CLIENT_SECRET"
+        reason = "white space in secret"
+        return reason, CURES[reason]
     if is_signed(body, given, [secret.strip(" \t\"'") for secret in secrets]):
-        return "quotes around secret", "remove the quotes around SENTRY_CLIENT_SECRET"
+        reason = "quotes around secret"
+        return reason, CURES[reason]
     if len(body) <= EXPLAIN_BYTES and is_signed(as_sentry_writes(body), given, secrets):
         cure = "a proxy in between rewrote the body; make it pass the bytes on as they are"
         return "body rewritten", cure
-    cure = "set SENTRY_CLIENT_SECRET to the Client Secret of the integration that sends"
-    return "signature wrong", cure
+    return "signature wrong", SECRET_CURE
 
 
 def as_sentry_writes(body):
@@ -4052,8 +4045,9 @@ def create_app(config=None):
     start_log()
     settings = read_settings(config)
     app = Flask(__name__, static_folder=None)
+    # Flask would redirect to the address without the slash; Sentry takes a redirect for success.
     app.url_map.strict_slashes = False
-    app.url_map.merge_slashes = False  # it would redirect, which Sentry takes for success
+    app.url_map.merge_slashes = False
     shared = Collector(settings)
     app.extensions["collector"] = shared
     if settings["SENTRY_DSN"]:

@@ -210,9 +210,8 @@ class Worker(SyncWorker):
     none.
     """
 
-    slots = (
-        None  # file of which the worker of a reader locks a byte; the kernel unlocks a dead one's
-    )
+    # File of which the worker of a reader locks a byte. The kernel unlocks that of a dead worker.
+    slots = None
 
     def __init__(self, *args):
         super().__init__(*args)
