@@ -1459,11 +1459,9 @@ def narrow(connection, filters):
         sql = "SELECT min(id) AS first, max(id) AS last FROM errors WHERE event_id = :event"
         narrowed |= bounds(connection.execute(sql, filters).fetchone())
     elif "since" in filters or "until" in filters:
-        # Ids follow the times of receipt but for deliveries that were spooled, so these are bounds
-        # and no more. Left to itself SQLite would look for the least id by walking the table.
         period = {"since": filters.get("since", ""), "until": filters.get("until", "~")}
-        sql = """SELECT min(id) AS first, max(id) AS last FROM errors INDEXED BY errors_received_at
-            WHERE received_at BETWEEN :since AND :until"""
+        sql = """SELECT 1000 * min(id) AS first, 1000 * max(id) + 999 AS last FROM blocks
+            WHERE first_at <= :until AND last_at >= :since"""
         narrowed |= bounds(connection.execute(sql, period).fetchone())
     return narrowed
 
@@ -1537,8 +1535,8 @@ def take_page(cursor, limit):
     return rows, False
 
 
-def select_overview(connection, filters):
-    """Return what the chart and the facets need of the newest 10,000 errors that match."""
+def select_overview(connection, filters, limit):
+    """Return what the chart and the facets need of the newest `limit` errors that match."""
     columns = (
         "errors.received_at",
         "substr(errors.project_slug, 1, 200) AS project",
@@ -1546,7 +1544,7 @@ def select_overview(connection, filters):
         "substr(errors.release, 1, 200) AS release",
         "substr(errors.environment, 1, 200) AS environment",
     )
-    return find_errors(connection, filters, columns, 10_000).fetchall()
+    return find_errors(connection, filters, columns, limit).fetchall()
 
 
 ISSUE_CONDITIONS = {
@@ -1615,6 +1613,11 @@ def select_extent(connection):
 
 def count_errors(connection):
     """Return how many errors are stored."""
+    return connection.execute("SELECT coalesce(sum(count), 0) FROM blocks").fetchone()[0]
+
+
+def count_rows(connection):
+    """Return how many errors a database of any version holds."""
     return connection.execute("SELECT count(*) FROM errors").fetchone()[0]
 
 
@@ -1642,8 +1645,10 @@ def check_writable(database):
 
 def delete_expired(database, days):
     """Delete some errors that were received more than `days` ago. Returns how many."""
-    sql = "SELECT id FROM errors WHERE received_at < ? ORDER BY received_at LIMIT ?"
-    limits = now(days=days), DELETE_BATCH
+    sql = """SELECT errors.id FROM blocks CROSS JOIN errors
+        ON errors.id BETWEEN 1000 * blocks.id AND 1000 * blocks.id + 999
+        WHERE blocks.first_at < :limit AND errors.received_at < :limit LIMIT :count"""
+    limits = {"limit": now(days=days), "count": DELETE_BATCH}
     if not database.connection().execute(sql, limits).fetchone():
         return 0
     with database.transaction(STEP_SECONDS) as connection:
@@ -1943,7 +1948,7 @@ def check_backup(path):
                     f"{path} is of version {version}, this collector knows {SCHEMA_VERSION}; "
                     "restore it with the collector that made it"
                 )
-            return count_errors(connection)
+            return count_rows(connection)
     except sqlite3.OperationalError as error:
         raise ValueError(f"{path} cannot be read: {error}") from None
     except sqlite3.DatabaseError as error:
@@ -2098,7 +2103,10 @@ def visible(value, length=2000):
 
     What Arabic, Indic scripts and emoji need of hidden characters stays.
     """
-    shown = cut(as_words(value), length).replace("\r\n", "\n")
+    shown = cut(as_words(value), length)
+    if shown.isascii() and shown.isprintable():  # as most text is, and a page has thousands
+        return escape(shown)
+    shown = shown.replace("\r\n", "\n")
     hidden = hidden_characters(shown)
     shown = str(escape(shown))
     if hidden:
@@ -3042,6 +3050,7 @@ ERROR_QUERY = (*FILTERS, "limit", "before", "after", "format", "refresh")  # par
 ISSUE_FILTERS = "q", "project", "level", "category", "server", "issue", "since", "until"
 LIST_FIELDS = ("q", *FACETS, "event", "since", "until")  # of the form of filters
 PAGE_ROWS = 50  # rows of a page or a feed
+OVERVIEW_ROWS = 5000  # errors of which a page has the chart, and counts of their values
 FREE_STEP = 64 * 1024 * 1024  # bytes in whose multiples the free space of the disk is told
 FACETS_SHOWN = "project", "level", "release", "environment"  # filters whose values a list counts
 
@@ -3192,11 +3201,12 @@ def list_errors():
     if has_more:
         direction = "after" if oldest_first else "before"
         next_page = list_path(query, **{direction: rows[-1]["id"]})
-    errors = [summary(row, link("")) for row in rows]
-    state = [errors, has_more]
     if form == "html":
         page = list_page(connection, query, narrowed, rows, has_more)
         state = [page, minute()]
+    else:
+        errors = [summary(row, link("")) for row in rows]
+        state = [errors, has_more]
 
     def render():
         if form == "json":
@@ -3229,10 +3239,7 @@ def without(query, *names):
 
 
 def list_page(connection, query, filters, rows, has_more):
-    """Return what the page of a list shows.
-
-    Its chart and counts are of the newest 10,000 errors that match.
-    """
+    """Return what the page of a list shows."""
     oldest_first = "after" in filters
     has_newer = "before" in filters
     has_older = has_more
@@ -3242,7 +3249,7 @@ def list_page(connection, query, filters, rows, has_more):
         has_older = True
     plain_query = without(query, "before", "after")
     within = {name: value for name, value in query.items() if name in FILTERS}
-    seen = select_overview(connection, without(filters, "before", "after"))
+    seen = select_overview(connection, without(filters, "before", "after"), OVERVIEW_ROWS)
     facets = {}
     for name in FACETS_SHOWN:
         facets[name] = count_values(name, [row[name] for row in seen], plain_query)
@@ -3259,6 +3266,7 @@ def list_page(connection, query, filters, rows, has_more):
         "older": list_link(plain_query, before=rows[-1]["id"]) if rows and has_older else None,
         "chart": bars,
         "seen": len(seen),
+        "has_unseen": len(seen) == OVERVIEW_ROWS,
         "facets": facets,
     }
 
@@ -3633,7 +3641,7 @@ def backup_command(file):
             file.unlink()
             raise click.ClickException("The service has started meanwhile; make the backup again.")
         with closing(open_read_only(file)) as copy:
-            errors = count_errors(copy)
+            errors = count_rows(copy)
     except (sqlite3.Error, OSError) as error:
         raise click.ClickException(f"cannot copy {path} to {file}: {error}") from None
     click.echo(f"{file}: {errors} errors, {file.stat().st_size} bytes")

@@ -115,7 +115,31 @@ CREATE INDEX errors_issue_id ON errors (issue_id, server, received_at, release)
 WHERE issue_id IS NOT NULL;
 CREATE INDEX errors_short_id ON errors (short_id) WHERE short_id IS NOT NULL;
 CREATE INDEX errors_digest ON errors (digest) WHERE digest IS NOT NULL;
-CREATE INDEX errors_received_at ON errors (received_at);
+
+-- How many of each thousand ids are here, and times between which they were received, which find a period
+-- (what was spooled has a later id than its time). They may span more than what is left, never less.
+CREATE TABLE blocks (
+    id       INTEGER PRIMARY KEY,                       -- of its errors, without the last three digits
+    count    INTEGER NOT NULL,
+    first_at TEXT NOT NULL,
+    last_at  TEXT NOT NULL
+);
+
+INSERT INTO blocks
+SELECT id / 1000, count(*), min(received_at), max(received_at) FROM errors GROUP BY id / 1000;
+
+CREATE TRIGGER errors_received AFTER INSERT ON errors BEGIN
+    INSERT INTO blocks VALUES (new.id / 1000, 1, new.received_at, new.received_at)
+    ON CONFLICT DO UPDATE SET
+        count = count + 1,
+        first_at = min(first_at, excluded.first_at),
+        last_at = max(last_at, excluded.last_at);
+END;
+
+CREATE TRIGGER errors_redated AFTER UPDATE OF received_at ON errors BEGIN  -- by hand
+    UPDATE blocks SET first_at = min(first_at, new.received_at), last_at = max(last_at, new.received_at)
+    WHERE id = new.id / 1000;
+END;
 
 -- An issue as the errors kept here tell it; the triggers below keep it.
 CREATE TABLE issues (
@@ -148,6 +172,8 @@ END;
 
 CREATE TRIGGER errors_deleted AFTER DELETE ON errors BEGIN
     DELETE FROM bodies WHERE id = old.id;
+    UPDATE blocks SET count = count - 1 WHERE id = old.id / 1000;
+    DELETE FROM blocks WHERE id = old.id / 1000 AND count = 0;
     UPDATE search_progress SET deletions = deletions + 1;
     UPDATE issues SET count = count - 1
     WHERE issue_id = old.issue_id AND server = coalesce(old.server, '');

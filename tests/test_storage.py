@@ -1296,21 +1296,35 @@ def random_row(chance):
     return error_row(str(chance.random()).encode(), **columns)
 
 
-def test_whatever_happens_issues_are_counted_and_the_index_is_exact(app, monkeypatch):
+def check_period(app, chance):
+    """Assert that a search for any period finds what was received in it."""
+    since, until = (collector.now(days=chance.randrange(60)) for _ in range(2))
+    connection = core(app).database.connection()
+    filters = collector.narrow(connection, {"since": since, "until": until})
+    found = [id_ for (id_,) in collector.find_errors(connection, filters, ["errors.id"], 1000)]
+    sql = "SELECT id FROM errors WHERE received_at BETWEEN ? AND ? ORDER BY id DESC"
+    assert found == [id_ for (id_,) in select(app, sql, since, until)]
+
+
+def test_whatever_happens_issues_are_counted_and_the_indexes_are_exact(app, monkeypatch):
     print(f"STORAGE_SEED={SEED}")
     chance = random.Random(SEED)
     monkeypatch.setattr(collector, "DELETE_BATCH", 3)
     monkeypatch.setattr(collector, "INDEX_BATCH", 5)
     for _ in range(150):
         insert(app, *(random_row(chance) for _ in range(chance.randrange(4))))
+        core(app).database.connection().execute("UPDATE sqlite_sequence SET seq = seq + 200")
         if chance.random() < 0.3:
             collector.extend_index(core(app).database)
         if chance.random() < 0.3:
             collector.delete_expired(core(app).database, chance.randrange(20, 60))
+        check_period(app, chance)
         check_issues(app)
     check_index(app)
     bodies = select(app, "SELECT id FROM bodies ORDER BY id")
     assert bodies == select(app, "SELECT id FROM errors ORDER BY id")
+    blocks = select(app, "SELECT id, count FROM blocks ORDER BY id")
+    assert blocks == select(app, "SELECT id / 1000, count(*) FROM errors GROUP BY 1 ORDER BY 1")
     ((highest,),) = select(app, "SELECT seq FROM sqlite_sequence")
     assert highest > count_rows(app) > 0
 
