@@ -73,8 +73,11 @@ def check_port(cfg):
 
 def when_ready(server):
     """Have the kernel keep connections until they bring data, because browsers open spare ones."""
+    app = server.app.wsgi()
+    for name in app.jinja_env.list_templates(extensions=("html", "txt", "xml")):
+        app.jinja_env.get_template(name)  # compiled here, or each worker's first pages would wait
     gc.freeze()  # what is there now stays, and is shared with the workers
-    collector.log.info(collector.describe_start(server.app.wsgi().extensions["collector"]))
+    collector.log.info(collector.describe_start(app.extensions["collector"]))
     for listener in server.LISTENERS:
         is_tcp = listener.sock.family in (socket.AF_INET, socket.AF_INET6)
         if is_tcp and hasattr(socket, "TCP_DEFER_ACCEPT"):
