@@ -3049,7 +3049,8 @@ def answer(form, state, render, next_page=None):
 ERROR_QUERY = (*FILTERS, "limit", "before", "after", "format", "refresh")  # parameters of /errors
 ISSUE_FILTERS = "q", "project", "level", "category", "server", "issue", "since", "until"
 LIST_FIELDS = ("q", *FACETS, "event", "since", "until")  # of the form of filters
-PAGE_ROWS = 50  # rows of a page or a feed
+# Rows of a list in a form, by default and at most; a page of more would take a tenth of a second.
+ROWS = {"json": (100, 1000), "text": (100, 1000), "html": (50, 250), "atom": (50, 50)}
 OVERVIEW_ROWS = 5000  # errors of which a page has the chart, and counts of their values
 FREE_STEP = 64 * 1024 * 1024  # bytes in whose multiples the free space of the disk is told
 FACETS_SHOWN = "project", "level", "release", "environment"  # filters whose values a list counts
@@ -3058,6 +3059,15 @@ FACETS_SHOWN = "project", "level", "release", "environment"  # filters whose val
 def minute():
     """Return what a page changes with that says how long ago things were."""
     return int(time.time() // 60)
+
+
+def read_limit(query, form):
+    """Return how many rows a list in a form may have, None for all, as an export may."""
+    limit = read_number(query, "limit", 1, 1000)
+    if form == "ndjson":
+        return limit
+    default, most = ROWS[form]
+    return min(limit or default, most)
 
 
 @web.get("/errors/latest")
@@ -3183,7 +3193,7 @@ def list_errors():
     """List errors: a page of summaries, a feed or, as NDJSON, all of them in full."""
     form = choose_form("json", "text", "html", "ndjson", "atom")
     query = read_query(*ERROR_QUERY)
-    limit = read_number(query, "limit", 1, 1000)
+    limit = read_limit(query, form)
     read_number(query, "refresh", 5, 3600)
     filters = read_filters(query)
     connection, narrowed = reader(filters)
@@ -3192,9 +3202,6 @@ def list_errors():
         if "since" in filters or "until" in filters:
             state = [now()]  # what is in a period changes by the clock alone
         return answer(form, state, lambda: export(collector().database, narrowed, limit, link("")))
-    limit = limit or (PAGE_ROWS if form in ("html", "atom") else 100)
-    if form == "atom":
-        limit = min(limit, PAGE_ROWS)
     oldest_first = "after" in filters
     rows, has_more = select_errors(connection, narrowed, limit, oldest_first)
     next_page = None
@@ -3307,7 +3314,7 @@ def list_issues():
     """List issues, the most recently seen first."""
     form = choose_form("json", "text", "html")
     query = read_query(*ISSUE_FILTERS, "limit", "before", "format", "refresh")
-    limit = read_number(query, "limit", 1, 1000) or (PAGE_ROWS if form == "html" else 100)
+    limit = read_limit(query, form)
     refresh = read_number(query, "refresh", 5, 3600)
     filters = read_filters(query)
     if "event" in filters:  # which q becomes where it is an event id
