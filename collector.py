@@ -347,7 +347,7 @@ def as_text(value, room=None):
 def read_pairs(value, limit):
     """Return the first `limit` names and values, text or None, of a list of them as pairs.
 
-    They are sent as pairs, as objects with `key` and `value`, or as one object.
+    They are sent as pairs, as objects with `key` or `name` and `value`, or as one object.
     """
     if isinstance(value, dict):
         items = islice(value.items(), limit)
@@ -357,7 +357,9 @@ def read_pairs(value, limit):
     room = new_room()
     pairs = []
     for item in items:
-        pair = (item.get("key"), item.get("value")) if isinstance(item, dict) else item
+        pair = item
+        if isinstance(item, dict):
+            pair = (first((item.get("key"), item.get("name"))), item.get("value"))
         if isinstance(pair, list | tuple) and len(pair) == 2 and isinstance(pair[0], str):
             pairs.append((clean(cut(pair[0], NAME_LENGTH)), as_text(pair[1], room)))
     if len(value) > limit:
@@ -613,8 +615,13 @@ def parse_error(payload, resource, received_at):
     return row
 
 
-def parse_line(value):
-    """Return a source line as clean text, which is empty for anything else than text."""
+def parse_line(value, column=None):
+    """Return a source line as clean text, which is empty for anything else than text.
+
+    Of a long one the part around `column` stays, which then is in its middle.
+    """
+    if isinstance(value, str) and len(value) > LINE_LENGTH and (column or 0) > LINE_LENGTH // 2:
+        value = REST + value[column - LINE_LENGTH // 2 + 1 :]
     return text(value, LINE_LENGTH) or ""
 
 
@@ -657,6 +664,7 @@ def parse_frame(frame, room):
     number = first((integer(get("lineno")), integer(get("lineNo"))))
     lines = find_lines(frame, number)
     own_line = lines.get("context_line")
+    column = first((integer(get("colno")), integer(get("colNo"))))
     in_app = first((get("in_app"), get("inApp")))
     address = first((get("instruction_addr"), get("instructionAddr")))
     return {
@@ -665,10 +673,10 @@ def parse_frame(frame, room):
         "module": text(get("module")),
         "function": text(get("function")),
         "lineno": number,
-        "colno": first((integer(get("colno")), integer(get("colNo")))),
+        "colno": column,
         "in_app": in_app if isinstance(in_app, bool) else None,
         "pre_context": parse_lines(lines.get("pre_context"), last=True),
-        "context_line": parse_line(own_line) if isinstance(own_line, str) else None,
+        "context_line": parse_line(own_line, column) if isinstance(own_line, str) else None,
         "post_context": parse_lines(lines.get("post_context")),
         "package": text(get("package")),
         "instruction_addr": identifier(address),
@@ -837,6 +845,13 @@ def parse_stats(issue):
         "priority": text(issue.get("priority")),
     }
     return stats if any(value is not None for value in stats.values()) else None
+
+
+def parse_evidence(payload):
+    """Return what Sentry shows of an occurrence, such as a slow query, as a dict of text."""
+    occurrence = as_dict(find_error(payload)["event"].get("occurrence"))
+    pairs = read_pairs(occurrence.get("evidenceDisplay"), PAIRS)
+    return {name: mask_value(name, value) for name, value in pairs}
 
 
 def parse_detail(payload):
@@ -2274,6 +2289,8 @@ def source_lines(frame):
 
 def source_line(line, column=None):
     """Return a source line for a text form, indented. Of a long one the part at `column`."""
+    if line.startswith(REST) and column:
+        column = LINE_LENGTH // 2  # see parse_line
     line = line.expandtabs(4)
     start = 0
     if len(line) > LINE_SHOWN and column and column < len(line):
@@ -2343,10 +2360,17 @@ def error_page(error, body):
 
     `error` has the keys of a summary and `occurrences`, `body` is the delivery (bytes).
     """
-    parsed = parse_detail(load(body))
+    payload = load(body)
+    parsed = parse_detail(payload)
     chain = chain_of(error, parsed)
     marked = any(frame["in_app"] for exception in chain for frame in exception["frames"])
-    return {"error": error | parsed, "chain": chain, "marked": marked, "why": no_trace(error)}
+    return {
+        "error": error | parsed,
+        "chain": chain,
+        "marked": marked,
+        "why": no_trace(error),
+        "evidence": parse_evidence(payload),
+    }
 
 
 def error_text(error, body, url):

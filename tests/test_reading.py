@@ -1282,6 +1282,25 @@ def test_of_a_long_line_the_part_at_the_column_is_shown(client):
     assert "left out: ends of long values (…);" in text
 
 
+def test_a_line_too_long_to_be_read_whole_is_read_around_the_column(client):
+    line = "a" * 30_000 + "BUG" + "b" * 30_000
+    minified = frame("a.js", "f", 1, source=line, colno=30_000)
+    text = text_of(client, event_payload(stacktrace={"frames": [minified]}))
+    assert re.search(r">     1 \| …a+BUGb+…\n", text)
+    (read,) = client.get("/errors/1").json["stacktrace"]
+    assert re.fullmatch("…a{500,}BUGb{500,}…", read["context_line"]) and read["colno"] == 30_000
+
+
+def test_the_evidence_of_an_occurrence_is_shown(client):
+    shown = [{"name": "Offending Spans", "value": "40 times: SELECT price", "important": True}]
+    shown.append({"name": "token", "value": "s3cret", "important": False})
+    occurrence = {"issueTitle": "N+1 Query", "type": 1006, "evidenceDisplay": shown}
+    text = text_of(client, event_payload(occurrence=occurrence))
+    assert "\n\nevidence:\n  Offending Spans = 40 times: SELECT price\n  token = [masked]\n" in text
+    page = client.get("/errors/1?format=html").text
+    assert "<dt>Offending Spans</dt>" in page and "s3cret" not in page
+
+
 def test_runs_of_library_frames_are_folded_and_the_crash_never_is(client):
     marks = [False, True, False, False, False, True, None, False]
     frames = [{"function": f"f{number}", "in_app": mark} for number, mark in enumerate(marks)]
