@@ -1056,7 +1056,7 @@ class Database:
             log.warning("changing the database from version %d to %d", version, SCHEMA_VERSION)
         started = time.monotonic()
         connection.create_function("server_of", 1, server_of, deterministic=True)
-        connection.create_function("body_digest", 2, packed_digest, deterministic=True)
+        connection.create_function("body_digest", 2, digest, deterministic=True)
         script = "\n".join(steps)
         try:
             with alive(self.notify):
@@ -1193,7 +1193,7 @@ def pack(body):
     packed = zlib.compress(body, 1)
     if len(packed) >= len(body):
         packed = body  # sqlar_uncompress takes a blob of the stated length for one not compressed
-    return {"payload_bytes": len(body), "payload": packed, "body_digest": digest(body)}
+    return {"payload_bytes": len(body), "payload": packed}
 
 
 def unpack(payload, payload_bytes):
@@ -1203,17 +1203,12 @@ def unpack(payload, payload_bytes):
     return zlib.decompress(payload)
 
 
-def digest(body):
-    """Return what tells a body (bytes) from any other."""
+def digest(payload, payload_bytes):
+    """Return what tells the body in the columns that pack made, damaged or not, from any other."""
+    body = payload
+    with suppress(zlib.error):
+        body = unpack(payload, payload_bytes)
     return hashlib.sha256(body).hexdigest()[:32]
-
-
-def packed_digest(payload, payload_bytes):
-    """Return the digest of a packed body, damaged or not, for the schema's step to version 2."""
-    try:
-        return digest(unpack(payload, payload_bytes))
-    except zlib.error:
-        return digest(payload)
 
 
 # What a delivery says of the server and the project must not contradict what is known; what either
@@ -1249,7 +1244,7 @@ def insert_error(connection, row):
     condition = identity(row)
     row = row | {"digest": None}
     if condition.startswith("digest"):
-        row["digest"] = row["body_digest"]
+        row["digest"] = digest(row["payload"], row["payload_bytes"])
     names = ", ".join(("id", *SCOPE))
     order = "ORDER BY id" if condition.startswith("event_id") else ""  # an issue may have many
     sql = f"SELECT {names} FROM errors WHERE {condition} {order} LIMIT 1"
