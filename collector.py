@@ -2030,10 +2030,10 @@ ANSI = re.compile(
 )
 # What a script or an emoji needs: a joiner between two of its characters, a selector after a sign.
 NEEDED = re.compile(
-    "(?<=[\u0600-\u1cff\u2190-\u2bff\ufe0f\U0001f000-\U0001faff])[\u200c\u200d]"
+    "[\u200c\u200d](?<=[\u0600-\u1cff\u2190-\u2bff\ufe0f\U0001f000-\U0001faff].)"
     "(?=[\u0600-\u1cff\u2190-\u2bff\U0001f000-\U0001faff])"
     "|\U0001f3f4[\U000e0030-\U000e007a]{3,6}\U000e007f"
-    "|(?<=[#*0-9\xa9\xae\u203c\u2049\u2122-\u3299\U0001f000-\U0001faff])[\ufe0e\ufe0f]"
+    "|[\ufe0e\ufe0f](?<=[#*0-9\xa9\xae\u203c\u2049\u2122-\u3299\U0001f000-\U0001faff].)"
 )
 BARS = {  # seconds of a bar of the chart, by their words
     "minute": 60, "5 minutes": 300, "10 minutes": 600, "30 minutes": 1800, "hour": 3600,
@@ -2119,21 +2119,22 @@ def visible(value, length=2000):
     shown = shown.replace("\r\n", "\n")
     hidden = hidden_characters(shown)
     shown = str(escape(shown))
-    if hidden:
-        needed = set()
-        for match in NEEDED.finditer(shown):
-            needed.update(range(*match.span()))
-        marks = sum(shown.count(character) for character in hidden) - len(needed)
-        if marks > MARKS:
-            shown = shown.translate(dict.fromkeys(map(ord, hidden)))
-            return Markup(shown + rest(marks, "hidden characters"))
-        parts = []
-        for index, character in enumerate(shown):
-            is_marked = character in hidden and index not in needed
-            sign = f'<b class="unseen">U+{ord(character):04X}</b>' if is_marked else character
-            parts.append(sign)
-        shown = "".join(parts)
-    return Markup(shown)
+    if not hidden:
+        return Markup(shown)
+    marks = sum(shown.count(character) for character in hidden)
+    marks -= len("".join(NEEDED.findall(shown)))
+    if marks > MARKS:
+        shown = shown.translate(dict.fromkeys(map(ord, hidden)))
+        return Markup(shown + rest(marks, "hidden characters"))
+    needed_or_hidden = f"{NEEDED.pattern}|([{''.join(sorted(hidden))}])"
+    return Markup(re.sub(needed_or_hidden, sign_of, shown))
+
+
+def sign_of(match):
+    """Return what a page shows for a hidden character, itself where it is needed."""
+    if match[1] is None:
+        return match[0]
+    return f'<b class="unseen">U+{ord(match[1]):04X}</b>'
 
 
 def flat(value, length=200):
