@@ -3,7 +3,9 @@
 import json
 import os
 import time
+from pathlib import Path
 
+import worker
 from worker import Worker
 
 wsgi_app = "bare_app:app"
@@ -15,13 +17,25 @@ timeout = 2
 served = []
 maintained = []
 
+for name in (
+    "REQUEST_SECONDS",
+    "PART_SECONDS",
+    "READER_SECONDS",
+    "YOUNG_SECONDS",
+    "STOPPING_SECONDS",
+):
+    setattr(worker, name, float(os.environ.get(name) or getattr(worker, name)))
+
 
 def app(environ, start_response):
-    """Reply with what was asked for: a page that takes `s` seconds, an export of `mb` megabytes."""
+    """Reply with what was asked for: a page once the file `until` is there, an export of `mb` megabytes."""
     query = dict(pair.split("=") for pair in environ["QUERY_STRING"].split("&") if pair)
     served.append(environ["PATH_INFO"])
     body = environ["wsgi.input"].read() if environ["REQUEST_METHOD"] == "POST" else b""
-    time.sleep(float(query.get("s", 0)))
+    if "until" in query:
+        Path(f"{query['until']}-begun-{os.getpid()}").touch()
+        while not Path(query["until"]).exists():
+            time.sleep(0.01)
     start_response("200 OK", [("Content-Type", "application/json")])
     if "mb" in query:
         return (bytes(1 << 20) for _ in range(int(query["mb"])))

@@ -129,7 +129,7 @@ def slowest_post(server, count=12):
 
     def post(number):
         connection = server.connect(post_of(b"", length=5))
-        time.sleep(0.1 * (number % 2))
+        time.sleep(0.02 * (number % 2))
         started = time.monotonic()
         connection.sendall(b"12345")
         assert reply_of(connection)["length"] == 5
@@ -278,17 +278,20 @@ def test_no_post_waits_for_all_of_them_at_once(shared):
     assert_unharmed(shared, workers, since)
 
 
-def test_clients_that_send_or_take_nothing_are_dropped_after_some_seconds(shared):
-    workers = shared.workers()
-    since = shared.log.stat().st_size
+def test_clients_that_send_or_take_nothing_are_dropped_after_some_seconds(make_server):
+    server = make_server(
+        WEB_CONCURRENCY="2", REQUEST_SECONDS="0.5", PART_SECONDS="0.5", READER_SECONDS="10"
+    )
+    workers = server.workers()
+    sip = server.connect(get("/export?mb=20"), receive=4096)
+    assert sip.recv(1)
     started = time.monotonic()
-    half = shared.connect(post_of(b"{", length=100))
-    sip = shared.connect(get("/export?mb=20"), receive=4096)
+    half = server.connect(post_of(b"{", length=100))
     assert read(half) == b""
-    assert time.monotonic() - started > 4
-    time.sleep(max(started + 6.5 - time.monotonic(), 0))
+    assert time.monotonic() - started > 0.5
+    server.ask(get("/page"))  # which has to wait for the end of the other reader
     assert len(read(sip)) < 20 << 20
-    assert_unharmed(shared, workers, since)
+    assert_unharmed(server, workers)
 
 
 def test_of_too_many_requests_the_oldest_is_dropped_and_of_too_large_ones_the_largest(make_server):
@@ -322,7 +325,7 @@ def test_a_worker_with_few_files_goes_on(make_server):
 # Requests of every kind
 
 
-@pytest.mark.parametrize("size", [0, 1, 20_000, 5_000_000, 20_000_000])
+@pytest.mark.parametrize("size", [0, 1, 20_000, 20_000_000])
 def test_bodies_of_every_size_arrive_whole_in_whatever_pieces(shared, size):
     body = bytes(size)
     assert shared.ask(post_of(body))["length"] == size
@@ -410,31 +413,34 @@ def test_no_client_writes_much_into_the_log(shared, data):
 # Readers
 
 
-def test_readers_leave_a_worker_to_posts_and_one_who_waits_in_vain_is_told(make_server):
-    server = make_server("--timeout", "15")
-    readers = [server.connect(get("/page?s=4.5")) for _ in range(3)]
-    time.sleep(0.2)
+def begin(server, request):
+    """Return the connection of a request that a worker serves from now on until there is a file "over"."""
+    others = len(list(server.log.parent.glob("over-begun-*")))
+    connection = server.connect(request)
+    wait_for(lambda: len(list(server.log.parent.glob("over-begun-*"))) > others)
+    return connection
+
+
+def test_readers_leave_a_worker_to_posts_and_one_who_waits_in_vain_is_told(make_server, tmp_path):
+    server = make_server("--timeout", "60", READER_SECONDS="0.5")
+    readers = [begin(server, get("/page?until=over")) for _ in range(3)]
     late = server.connect(get("/page"))
     assert slowest_post(server, 4) < SLOW
     server.ask(get("/health"))
-    assert read(late).startswith(b"HTTP/1.1 503 Service Unavailable\r\n")
-    late = http.client.HTTPConnection(*server.address)
-    late.request("GET", "/page")
-    response = late.getresponse()
-    if response.status == 503:
-        assert response.headers["Retry-After"] == "1"
-        assert "WEB_CONCURRENCY" in json.loads(response.read())["error"]
-    late.close()
+    response = http.client.HTTPResponse(late)
+    response.begin()
+    assert (response.status, response.headers["Retry-After"]) == (503, "1")
+    assert "WEB_CONCURRENCY" in json.loads(response.read())["error"]
     assert "a reader waited in vain" in server.log.read_text()
+    (tmp_path / "over").touch()
     assert len({reply_of(reader)["pid"] for reader in readers}) == 3
     server.ask(get("/page"))
 
 
 def test_the_slot_of_a_worker_that_is_killed_is_free(make_server):
-    server = make_server(WEB_CONCURRENCY="2")
+    server = make_server("--timeout", "60", WEB_CONCURRENCY="2")
     before = server.workers()
-    server.connect(get("/page?s=60"))
-    time.sleep(0.3)
+    begin(server, get("/page?until=over"))
     for pid in before:
         os.kill(int(pid), signal.SIGKILL)
     wait_for(lambda: len(set(server.workers()) - set(before)) == 2)
@@ -442,7 +448,7 @@ def test_the_slot_of_a_worker_that_is_killed_is_free(make_server):
 
 
 def test_a_reader_leaves_the_turn_to_a_post_that_has_begun(make_server):
-    server = make_server(WEB_CONCURRENCY="1")
+    server = make_server(WEB_CONCURRENCY="1", YOUNG_SECONDS="0.8")
     post = server.connect(POST + b"Content-Length: 2\r\n\r\n{")
     time.sleep(0.05)
     page = server.connect(get("/page"))
@@ -454,26 +460,27 @@ def test_a_reader_leaves_the_turn_to_a_post_that_has_begun(make_server):
     server.ask(get("/page"))  # does not wait for ever
 
 
-def test_an_export_may_last_longer_than_the_timeout(shared):
-    workers = shared.workers()
-    sip = shared.connect(get("/export?mb=6"), receive=65536)
+def test_an_export_may_last_longer_than_the_timeout(make_server):
+    server = make_server("--timeout", "1", WEB_CONCURRENCY="1")
+    workers = server.workers()
+    sip = server.connect(get("/export?mb=6"), receive=65536)
     received = 0
-    started = time.monotonic()
-    while part := sip.recv(1 << 16):
+    until = time.monotonic() + 2.2  # gunicorn looks once a second
+    while part := sip.recv(1 << 14):
         received += len(part)
-        time.sleep(0.03)
-    assert time.monotonic() - started > 2 and received > 6 << 20
-    assert_unharmed(shared, workers)
+        time.sleep(0.03 if time.monotonic() < until else 0)
+    assert time.monotonic() > until and received > 6 << 20
+    assert_unharmed(server, workers)
 
 
 # Between requests
 
 
 def test_maintenance_is_done_while_nobody_waits_and_at_least_twice_a_second(make_server):
-    server = make_server(WEB_CONCURRENCY="1")
+    server = make_server("--timeout", "60", WEB_CONCURRENCY="1")
     wait_for(lambda: server.ask(post_of(b"{}"))["maintained"] >= 1000)
     before = server.ask(post_of(b"{}"))["maintained"]
-    time.sleep(1.5)
+    time.sleep(1.1)
     assert before + 2 <= server.ask(post_of(b"{}"))["maintained"] < before + 20
 
 
@@ -481,13 +488,13 @@ def test_maintenance_is_done_while_nobody_waits_and_at_least_twice_a_second(make
 
 
 @pytest.mark.parametrize("sign", [signal.SIGTERM, signal.SIGINT])
-def test_what_is_here_is_served_before_the_end(make_server, sign):
-    server = make_server(WEB_CONCURRENCY="1")
+def test_what_is_here_is_served_before_the_end(make_server, tmp_path, sign):
+    server = make_server("--timeout", "60", WEB_CONCURRENCY="1", STOPPING_SECONDS="0.5")
     half_sent(server)
-    in_hand = server.connect(b"POST /hook?s=0.5 HTTP/1.1\r\nContent-Length: 2\r\n\r\n{}")
-    time.sleep(0.2)
+    in_hand = begin(server, post_of(b"{}").replace(b"/hook", b"/hook?until=over"))
     backlog = [server.connect(post_of(b"{}")) for _ in range(20)]
     os.killpg(server.process.pid, sign)
+    (tmp_path / "over").touch()
     started = time.monotonic()
     assert [reply_of(each)["length"] for each in [in_hand, *backlog]] == [2] * 21
     assert server.process.wait(10) == 0
@@ -495,18 +502,10 @@ def test_what_is_here_is_served_before_the_end(make_server, sign):
     assert not re.search("Traceback|ERROR|CRITICAL", server.log.read_text())
 
 
-def test_a_sipped_export_does_not_keep_a_worker_from_its_end(make_server):
-    server = make_server(WEB_CONCURRENCY="1")
-    sip = server.connect(get("/export?mb=20"), receive=4096)
-    assert sip.recv(1)
-    server.process.terminate()
-    assert server.process.wait(10) == 0
-    assert "SIGKILL" not in server.log.read_text()
-
-
 def test_max_requests_access_log_and_a_second_master_work(make_server, tmp_path):
     server = make_server("--max-requests", "3", "--access-logfile", "-", WEB_CONCURRENCY="2")
-    assert len({server.ask(post_of(b"{}"))["pid"] for _ in range(20)}) > 2
+    first = server.workers()
+    wait_for(lambda: str(server.ask(post_of(b"{}"))["pid"]) not in first)
     assert '"POST /hook HTTP/1.1" 200' in server.log.read_text()
     os.kill(server.process.pid, signal.SIGUSR2)
     wait_for(lambda: server.log.read_text().count("Booting worker") > 4)
@@ -529,9 +528,8 @@ for module, names in ((socket, ["SO_RCVLOWAT", "TCP_DEFER_ACCEPT"]), (termios, [
 """
 
 
-@pytest.mark.parametrize("system", ["", BARE_SYSTEM], ids=["linux", "bare"])
-def test_it_serves_unix_sockets_and_ipv6_on_any_system(make_server, tmp_path, system):
-    (tmp_path / "sitecustomize.py").write_text(system)
+def test_it_serves_unix_sockets_and_ipv6_on_any_system(make_server, tmp_path):
+    (tmp_path / "sitecustomize.py").write_text(BARE_SYSTEM)
     with socket.socket(socket.AF_INET6) as probe:
         probe.bind(("::1", 0))
         six = probe.getsockname()
@@ -543,7 +541,7 @@ def test_it_serves_unix_sockets_and_ipv6_on_any_system(make_server, tmp_path, sy
         body = bytes(3_000_000)
         assert server.ask(post_of(body), address)["length"] == len(body)
         connection = server.connect(post_of(body)[:-10], address)
-        time.sleep(0.1)
+        time.sleep(0.03)
         connection.sendall(body[:10])
         assert reply_of(connection)["length"] == len(body)
     for address in (None, f"{tmp_path}/sock", six):
