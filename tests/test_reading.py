@@ -194,8 +194,8 @@ def test_a_head_request_is_answered_without_a_body(client):
         (";;;q=,*/q=nan;,\xff", "json"),
     ],
 )
-def test_the_form_is_the_one_that_is_preferred(app, accept, form):
-    with app.test_request_context("/errors", headers={"Accept": accept}):
+def test_the_form_is_the_one_that_is_preferred(idle_app, accept, form):
+    with idle_app.test_request_context("/errors", headers={"Accept": accept}):
         assert choose_form("json", "text", "html", "ndjson", "atom") == form
 
 
@@ -268,7 +268,8 @@ FAULTS = [
 @pytest.mark.parametrize(
     ("method", "path", "status", "words"), [(*fault[:3], fault[3:]) for fault in FAULTS]
 )
-def test_every_failure_has_one_shape_and_says_what_to_do(client, method, path, status, words):
+def test_every_failure_has_one_shape_and_says_what_to_do(idle_app, method, path, status, words):
+    client = idle_app.test_client()
     url, _, query = path.partition("?")
     form = {"method": method, "query_string": query, "environ_overrides": {"CONTENT_LENGTH": "0"}}
     reply = client.open(url, **form)

@@ -77,6 +77,11 @@ def database_path(app):
     return core(app).database.path
 
 
+def begin_pause(app):
+    """Have the worker leave the database alone, as after a wait in vain for its lock."""
+    core(app).database.pause(sqlite3.OperationalError("database is locked"))
+
+
 def end_pause(app):
     """Let the worker try the database again, as after PAUSE_SECONDS."""
     core(app).database.paused_until = -math.inf
@@ -374,6 +379,7 @@ def test_a_change_of_the_journal_that_has_to_wait_is_not_called_one_of_the_schem
     app, make_app, monkeypatch
 ):
     monkeypatch.setattr(collector, "choose_journal_mode", lambda folder: "PERSIST")
+    monkeypatch.setattr(collector, "WAIT_SECONDS", 0.05)
     with core(app).database.turn(0):
         health = make_app().test_client().get("/health")
     assert (health.status_code, "schema" in health.json["error"]) == (503, False)
@@ -643,7 +649,10 @@ def test_two_workers_that_start_at_once_change_the_database_once(make_app, old_d
     assert count_rows(make_app()) == 5
 
 
-def test_while_another_worker_changes_the_database_deliveries_are_spooled(make_app, old_database):
+def test_while_another_worker_changes_the_database_deliveries_are_spooled(
+    make_app, old_database, monkeypatch
+):
+    monkeypatch.setattr(collector, "WAIT_SECONDS", 0.05)
     other = Database(old_database)
     with other.turn(0):
         app = make_app()
@@ -865,8 +874,8 @@ def test_a_delivery_waits_half_a_second_for_a_lock_and_the_next_ones_not_at_all(
 
 
 def test_a_queued_delivery_says_no_more_than_that(app, client):
-    with locked(database_path(app)):
-        reply = post(client, event_payload())
+    begin_pause(app)
+    reply = post(client, event_payload())
     assert (reply.status_code, reply.json) == (202, {"status": "queued"})
     assert "Location" not in reply.headers
     assert count_rows(app) == 0
@@ -874,8 +883,8 @@ def test_a_queued_delivery_says_no_more_than_that(app, client):
 
 def test_maintenance_leaves_a_locked_database_alone_for_the_same_time(app, client):
     put(app, event_payload("spooled"))
-    with locked(database_path(app)):
-        post(client, event_payload("second"))
+    begin_pause(app)
+    post(client, event_payload("second"))
     statements = []
     core(app).database.connection().set_trace_callback(statements.append)
     core(app).due = dict.fromkeys(core(app).steps, -math.inf)
