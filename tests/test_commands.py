@@ -62,8 +62,15 @@ def snapshot(folder):
     return states | {file: file.stat().st_mode for file in folder.rglob("*") if file.is_dir()}
 
 
-def test_a_healthy_installation_has_no_fault(make_server):
-    server = make_server()
+@pytest.fixture(scope="module")
+def server(tmp_path_factory):
+    """Return a server that several tests use."""
+    server = Server(tmp_path_factory.mktemp("server"))
+    yield server.start()
+    server.kill()
+
+
+def test_a_healthy_installation_has_no_fault(server):
     server.deliver(event_payload())
     status, lines = look(server.folder / "data" / "errors.db", server.port)
     assert (status, lines["FAULT"], lines["note"]) == (0, [], [])
@@ -177,8 +184,7 @@ def test_a_folder_that_cannot_be_written_stops_the_start_and_is_a_fault(path, po
     assert (doctor.returncode, f"cannot write {path.parent}, " in fault) == (1, True), fault
 
 
-def test_a_port_in_use_stops_the_start_with_one_line(make_server, tmp_path):
-    server = make_server()
+def test_a_port_in_use_stops_the_start_with_one_line(server, tmp_path):
     other = Server(tmp_path / "other", PORT=str(server.port))
     other.start(wait=False)
     assert other.process.wait(20) == 1
