@@ -22,6 +22,7 @@ for name in (
     "PART_SECONDS",
     "READER_SECONDS",
     "YOUNG_SECONDS",
+    "IDLE_SECONDS",
     "STOPPING_SECONDS",
 ):
     setattr(worker, name, float(os.environ.get(name) or getattr(worker, name)))

@@ -622,7 +622,7 @@ def test_filters_narrow_the_list_and_the_latest(filled, query, expected):
 )  # fmt: skip
 def test_any_text_is_a_safe_query(filled, text):
     for name in ("q", "project", "environment", "release", "server", "category", "event", "issue"):
-        for form in ("json", "text", "html", "atom"):
+        for form in ("json", "text", "html", "atom") if name == "q" else ("json", "html"):
             query = {name: text, "format": form}
             assert filled.get("/errors", query_string=query).status_code == 200
         query = {name: text}
