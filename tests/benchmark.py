@@ -263,8 +263,8 @@ class Bench:
         server = Server(self.folder / name, SENTRY_CLIENT_SECRET=SECRET, **env)
         self.stack.callback(server.stop)
         (server.folder / f"{name}.py").write_text(code)
-        arguments = ["--config", f"{name}.py", f"{name}:app"] if code else []
-        return server.start(*arguments)
+        arguments = ["--config", f"{name}.py"] if code else []
+        return server.start(*arguments, app=f"{name}:app" if code else "served:app")
 
     @cached_property
     def big(self):

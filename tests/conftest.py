@@ -231,12 +231,12 @@ class Server:
         self.env |= {
             "DATABASE_URL": f"sqlite:///{self.folder}/data/errors.db",
             "PORT": str(self.port),
-            "PYTHONPATH": str(ROOT),
+            "PYTHONPATH": os.pathsep.join([str(ROOT), str(ROOT / "tests")]),
             **env,
         }
         self.process = None
 
-    def start(self, *arguments, wait=True):
+    def start(self, *arguments, app="served:app", wait=True):
         """Start gunicorn in self.folder, where no developer's .env is; its output goes to self.log."""
         command = [
             sys.executable,
@@ -245,6 +245,7 @@ class Server:
             "--config",
             str(ROOT / "gunicorn.conf.py"),
             *arguments,
+            app,
         ]
         with self.log.open("ab") as log:
             self.process = subprocess.Popen(

@@ -1952,7 +1952,7 @@ def sentry():
     thread.start()
     yield f"http://public@127.0.0.1:{server.server_address[1]}/1", envelopes
     sentry_sdk.get_client().close(timeout=2)
-    sentry_sdk.init()
+    sentry_sdk.init(default_integrations=False)
     server.shutdown()
     thread.join()
     server.server_close()

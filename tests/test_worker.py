@@ -352,7 +352,7 @@ def test_a_chunked_post_is_taken_like_any_other(shared, end):
         b"\r\n" + end[:1],
         end[1:],
     ):
-        time.sleep(0.03)
+        time.sleep(0.01)
         connection.sendall(part)
     assert reply_of(connection)["length"] == 1_000_016
 
