@@ -2089,7 +2089,7 @@ def entry_id(error):
 
 def hidden_characters(value):
     """Return the set of a text's characters that nobody sees, or that move or reorder others."""
-    if value.isprintable() and value.isascii():
+    if value.isascii() and value.isprintable():  # as most text is, and a page has thousands
         return set()
     hidden = set()
     for character in set(value):
@@ -2113,14 +2113,11 @@ def visible(value, length=2000):
 
     What Arabic, Indic scripts and emoji need of hidden characters stays.
     """
-    shown = cut(as_words(value), length)
-    if shown.isascii() and shown.isprintable():  # as most text is, and a page has thousands
-        return escape(shown)
-    shown = shown.replace("\r\n", "\n")
+    shown = cut(as_words(value), length).replace("\r\n", "\n")
     hidden = hidden_characters(shown)
-    shown = str(escape(shown))
     if not hidden:
-        return Markup(shown)
+        return escape(shown)
+    shown = str(escape(shown))
     marks = sum(shown.count(character) for character in hidden)
     marks -= len("".join(NEEDED.findall(shown)))
     if marks > MARKS:
