@@ -201,7 +201,7 @@ FROM errors WHERE issue_id IS NOT NULL GROUP BY issue_id, server;
 -- fills it after its replies, and before a search: it holds the errors up to search_progress.
 CREATE VIRTUAL TABLE errors_search USING fts5 (
     title, message, culprit, exception_type, exception_value, facets,
-    content = '', columnsize = 0, prefix = '1 2 3'
+    content = '', columnsize = 0, prefix = '1 2 3 4 5 6'
 );
 
 CREATE TABLE search_progress (

@@ -230,7 +230,7 @@ QUERIES = {
         /errors?project=intern&level=fatal&environment=staging /errors?level=fatal&after=9999
         /errors?issue=7 /errors?issue=1&level=fatal /errors?since=1h /errors?until={MIDDLE}
         /errors?since={MIDDLE}&project=shop /errors/latest?project=intern&until=60d""",
-    "search": f"""/errors?q=bababa /errors?q=b /errors?q=n9999 /errors?q=no /errors?q={"b." * 40}
+    "search": f"""/errors?q=bababa /errors?q=baba /errors?q=b /errors?q=n9999 /errors?q=no /errors?q={"b." * 40}
         /errors?q=b&until={MIDDLE}&level=fatal /errors?q=bababa+mer+b /errors?q=b&after=9999""",
     "issue list": f"""/issues /issues?limit=1000 /issues?q=b /issues?q=no /issues?before=9999
         /issues?q=tutu&level=fatal /issues?since=1h /issues?level=fatal&until={MIDDLE}""",
