@@ -80,9 +80,13 @@ SECRET_NAME = re.compile(
 # The names of values that are URLs or queries, which may have secrets among their parameters.
 LINK_NAME = re.compile(r"(?:ur[il]|query|query[-_]?string|referr?er|location)$", re.IGNORECASE)
 LINK_STARTS = "http://", "https://", "/", "?"  # beginnings of other values that may be URLs
-# A parameter of a query or a form, and a member of broken JSON: up to the value, the name in it.
-PARAMETER = re.compile(r"(?<![^?&;#])(([^?&;#=]{1,200})=)[^&;#]*")
-JSON_MEMBER = re.compile(r'("([^"\\]{1,200})"\s*:\s*)(?:"(?:[^"\\]|\\.)*"?|[^,}\]\s]+)')
+# A parameter of a query or a form, and a member of an object in JSON or Python's form, which may be
+# broken: up to the value, the name in it.
+PARAMETER = re.compile(r"(?<![^?&;#])((?P<name>[^?&;#=]{1,200})=)[^&;#]*")
+MEMBER = re.compile(
+    r"""((["'])(?P<name>[^"'\\]{1,200})\2\s*:\s*)"""
+    r"""(?:"(?:[^"\\]|\\.)*"?|'(?:[^'\\]|\\.)*'?|[^,}\]\s]+)"""
+)
 
 
 class Refused(Exception):
@@ -249,8 +253,8 @@ def is_secret(name):
 
 
 def mask(match):
-    """Return a match of PARAMETER or JSON_MEMBER, without its value if that is a secret."""
-    return match[1] + MASK if is_secret(match[2]) else match[0]
+    """Return a match of PARAMETER or MEMBER, without its value if that is a secret."""
+    return match[1] + MASK if is_secret(match["name"]) else match[0]
 
 
 def mask_query(value):
@@ -262,7 +266,11 @@ def mask_value(name, value):
     """Return a plain value of this name without secrets."""
     if is_secret(name):
         return MASK
-    if isinstance(value, str) and (LINK_NAME.search(name) or value.startswith(LINK_STARTS)):
+    if not isinstance(value, str):
+        return value
+    if value.startswith(("{", "[")):
+        return MEMBER.sub(mask, value)
+    if LINK_NAME.search(name) or value.startswith(LINK_STARTS):
         return mask_query(value)
     return value
 
@@ -313,6 +321,9 @@ def plain_object(value, depth, room, limit=ITEMS):
     for key, item in islice(value.items(), kept):
         name = clean(cut(key, NAME_LENGTH))
         copy[name] = mask_value(name, plain(item, depth, room))
+    label = first((copy.get("name"), copy.get("key")))
+    if "value" in copy and isinstance(label, str) and is_secret(label):
+        copy["value"] = MASK
     if len(value) > kept:
         copy[REST] = rest(len(value) - kept)
     return copy
@@ -790,7 +801,7 @@ def parse_data(data):
     if len(data) <= JSON_LENGTH:
         with suppress(ValueError, RecursionError):
             return plain(json.loads(data))
-    return JSON_MEMBER.sub(mask, text(data))
+    return MEMBER.sub(mask, text(data))
 
 
 def parse_request(event):

@@ -996,6 +996,23 @@ def test_a_url_is_shown_without_the_secrets_in_its_query(name, value, expected):
     assert found["request"]["headers"] == {name: str(expected)}
 
 
+@pytest.mark.parametrize(
+    ("value", "expected"),
+    [
+        ('{"a": 1, "api_key": "hush"}', '{"a": 1, "api_key": [masked]}'),
+        ("{'password': 'hu\\'sh', 'n': 1}", "{'password': [masked], 'n': 1}"),
+        ("[{'token': hu", "[{'token': [masked]"),
+        (
+            {"name": "Authorization", "value": "hush"},
+            {"name": "Authorization", "value": "[masked]"},
+        ),
+        ({"key": "a", "value": "b"}, {"key": "a", "value": "b"}),
+    ],
+)
+def test_a_secret_is_masked_in_text_and_beside_its_name(value, expected):
+    assert detail_of(extra={"a": value})["extra"] == {"a": expected}
+
+
 @pytest.mark.parametrize("name", PLAIN_NAMES)
 def test_what_is_no_secret_by_its_name_is_shown(name):
     assert detail_of(extra={name: "shown"})["extra"] == {name: "shown"}
