@@ -2468,25 +2468,27 @@ def cut_section(lines, room):
     return first_lines + kept
 
 
+def rows_that_fit(rows, line_of):
+    """Return the first rows, of whose lines the text form of a list has room for all."""
+    room = TEXT_LENGTH - NOTE_LENGTH
+    for number, row in enumerate(rows):
+        room -= len(line_of(row)) + 1
+        if room < 0:
+            return rows[:number]
+    return rows
+
+
 def list_text(lines, next_url, nothing):
-    """Return a list as text, a line each, TEXT_LENGTH characters at most.
+    """Return a list as text, a line each.
 
     `next_url` is the address of the next page or None, `nothing` stands for an empty list.
     """
-    if next_url and len(next_url) > 10 * URL_LENGTH:
+    shown = lines or [nothing]
+    if next_url and len(next_url) > NOTE_LENGTH - 10:
         next_url = "see the Link header"
-    room = TEXT_LENGTH - 200 - len(next_url or "")
-    shown = []
-    for line in lines:
-        room -= len(line) + 1
-        if room < 0:
-            missing = len(lines) - len(shown)
-            shown.append(f"left out: {missing} more of this page; ask for fewer with limit=")
-            break
-        shown.append(line)
     if next_url:
-        shown.append(f"next: {next_url}")
-    return "\n".join(shown or [nothing]).replace(CUT, "…") + "\n"
+        shown = [*shown, f"next: {next_url}"]
+    return "\n".join(shown).replace(CUT, "…") + "\n"
 
 
 def error_line(row):
@@ -3232,6 +3234,10 @@ def list_errors():
         return answer(form, state, lambda: export(collector().database, narrowed, limit, link("")))
     oldest_first = "after" in filters
     rows, has_more = select_errors(connection, narrowed, limit, oldest_first)
+    if form == "text":
+        shown = rows_that_fit(rows, error_line)
+        has_more = has_more or len(shown) < len(rows)
+        rows = shown
     next_page = None
     if has_more:
         direction = "after" if oldest_first else "before"
@@ -3345,12 +3351,14 @@ def list_issues():
     limit = read_limit(query, form)
     refresh = read_number(query, "refresh", 5, 3600)
     filters = read_filters(query)
-    if "event" in filters:  # which q becomes where it is an event id
-        filters["q"] = filters.pop("event")
     database = collector().database
     if "q" in filters:
         complete_index(database)
     rows, has_more = select_issues(database.reader(), filters, limit)
+    if form == "text":
+        shown = rows_that_fit(rows, issue_line)
+        has_more = has_more or len(shown) < len(rows)
+        rows = shown
     issues = [issue(row, link("")) for row in rows]
     next_page = None
     if has_more:
