@@ -1666,15 +1666,22 @@ def check_writable(database):
 
 def delete_expired(database, days):
     """Delete some errors that were received more than `days` ago. Returns how many."""
-    sql = """SELECT errors.id FROM blocks CROSS JOIN errors
-        ON errors.id BETWEEN 1000 * blocks.id AND 1000 * blocks.id + 999
-        WHERE blocks.first_at < :limit AND errors.received_at < :limit LIMIT :count"""
-    limits = {"limit": now(days=days), "count": DELETE_BATCH}
-    if not database.connection().execute(sql, limits).fetchone():
+    limit = now(days=days)
+    sql = "SELECT id FROM blocks WHERE first_at < ? ORDER BY id LIMIT 1"
+    if not database.reader().execute(sql, (limit,)).fetchone():
         return 0
     with database.transaction(STEP_SECONDS) as connection:
-        ids = [id_ for (id_,) in connection.execute(sql, limits)]
+        (block,) = connection.execute(sql, (limit,)).fetchone() or (None,)
+        of_block = {"first": 1000 * (block or 0), "limit": limit, "count": DELETE_BATCH}
+        condition = "FROM errors WHERE id BETWEEN :first AND :first + 999"
+        expired = f"SELECT id {condition} AND received_at < :limit LIMIT :count"
+        ids = [id_ for (id_,) in connection.execute(expired, of_block)]
         delete_errors(connection, ids)
+        oldest = f"(SELECT min(received_at) {condition})"
+        if len(ids) < DELETE_BATCH:  # none is left, so that nobody looks at this block again
+            connection.execute(
+                f"UPDATE blocks SET first_at = {oldest} WHERE id = :first / 1000", of_block
+            )
     return len(ids)
 
 

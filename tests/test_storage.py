@@ -1598,6 +1598,18 @@ def test_an_error_goes_by_its_own_time_whatever_came_before_it(make_app):
     assert event_ids(app) == ["ahead", "young", "newest"]
 
 
+def test_the_end_of_a_readers_time_does_not_keep_old_errors(make_app):
+    app = make_app(RETENTION_DAYS="30")
+    for days in (31, 1):
+        insert(app, error_row(event_id=str(days), received_at=collector.now(days=days)))
+    database = core(app).database
+    database.connection().set_progress_handler(database.is_out_of_time, 1)
+    database.read_until = 0
+    assert core(app).delete_expired()
+    assert event_ids(app) == ["1"]
+    assert select(app, "SELECT * FROM blocks WHERE first_at < ?", collector.now(days=30)) == []
+
+
 def test_without_retention_nothing_is_deleted(app):
     insert(app, error_row(received_at="1999-01-01T00:00:00.000000Z"))
     maintain(app)
