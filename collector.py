@@ -2005,14 +2005,15 @@ def restore(database, file):
                 replaced.rename(f"{replaced}-{replaced.stat().st_mtime_ns}")
             copy_database(live, replaced)
             sequence = "SELECT coalesce(max(seq), 0) FROM sqlite_sequence WHERE name = 'errors'"
-            last_id = max(
-                connection.execute(sequence).fetchone()[0]
-                for connection in (live, copy.connection())
-            )
+            both = live, copy.connection()
+            last_id = max(connection.execute(sequence).fetchone()[0] for connection in both)
+            deletions = max(select_extent(connection)[-1] for connection in both)
             copy.connection().execute("DELETE FROM sqlite_sequence WHERE name = 'errors'")
             copy.connection().execute(
                 "INSERT INTO sqlite_sequence VALUES ('errors', ?)", (last_id,)
             )
+            # So that nobody takes the export of what is replaced for that of what is there now.
+            copy.connection().execute("UPDATE search_progress SET deletions = ?", (deletions + 1,))
             copy.connection().backup(live)
     finally:
         copy.close()

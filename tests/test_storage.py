@@ -1815,6 +1815,17 @@ def test_a_second_restore_keeps_what_the_first_one_has_replaced(app, client, bac
     assert {"before restore 1", "before restore 2"} <= set(kept)
 
 
+def test_an_export_of_other_content_has_another_tag_after_a_restore(app, client, backup):
+    run(app, "restore", backup, "--yes")
+    tag = client.get("/errors?format=ndjson").headers["ETag"]
+    with closing(sqlite3.connect(backup)) as copy:
+        copy.execute("UPDATE errors SET title = 'other'")
+        copy.commit()
+    run(app, "restore", backup, "--yes")
+    reply = client.get("/errors?format=ndjson", headers={"If-None-Match": tag})
+    assert (reply.status_code, json.loads(reply.text)["title"]) == (200, "other")
+
+
 def test_a_restore_is_seen_by_the_workers_that_run(make_app, backup):
     worker = make_app()
     assert event_ids(worker) == ["kept", "lost"]
