@@ -77,8 +77,12 @@ SECRET_NAME = re.compile(
     r"|(?<![a-z])(?:dsn|jwt|bearer|(?:pass|o?auth)$|pw(?![a-z]))",
     re.IGNORECASE,
 )
-# The names of values that are URLs or queries, which may have secrets among their parameters.
-LINK_NAME = re.compile(r"(?:ur[il]|query|query[-_]?string|referr?er|location)$", re.IGNORECASE)
+# The names of values that are URLs, queries or forms, which may have secrets as parameters.
+LINK_NAME = re.compile(
+    r"(?:ur[il]|query|query[-_]?string|referr?er|location|body|form)$", re.IGNORECASE
+)
+# The password in a URL: what is before it, and it.
+URL_PASSWORD = re.compile(r"(://[^/?#\s:@]*:)[^/?#\s@]+(?=@)")
 LINK_STARTS = "http://", "https://", "/", "?"  # beginnings of other values that may be URLs
 # A parameter of a query or a form, and a member of an object in JSON or Python's form, which may be
 # broken: up to the value, the name in it.
@@ -258,8 +262,8 @@ def mask(match):
 
 
 def mask_query(value):
-    """Return a query, or a URL with one, without the values of parameters that are secrets."""
-    return value and PARAMETER.sub(mask, value)
+    """Return a query or a URL without its password and the values of secret parameters."""
+    return value and PARAMETER.sub(mask, URL_PASSWORD.sub(rf"\1{MASK}", value))
 
 
 def mask_value(name, value):
@@ -331,10 +335,13 @@ def plain_object(value, depth, room, limit=ITEMS):
 
 def plain_list(value, depth, room):
     """Return a plain copy of a list, of its first ITEMS values at most."""
-    if len(value) == 2 and isinstance(value[0], str) and is_secret(value[0][:NAME_LENGTH]):
-        value = [value[0], MASK]  # a pair of a name and a value
     kept = take_room(room, "values", min(len(value), ITEMS))
     copy = [plain(item, depth, room) for item in value[:kept]]
+    if len(value) % 2 == 0:  # perhaps names, each with its value after it
+        for index in range(1, kept, 2):
+            name = value[index - 1]
+            if isinstance(name, str) and is_secret(name[:NAME_LENGTH]):
+                copy[index] = MASK
     if len(value) > kept:
         copy.append(rest(len(value) - kept))
     return copy

@@ -988,6 +988,7 @@ def test_a_secret_is_masked_wherever_its_name_stands(name):
         ("Referer", "https://a/#access_token=hush", "https://a/#access_token=[masked]"),
         ("note", "token=hush", "token=hush"),
         ("url", 5, 5),
+        ("body", "a=1&client_secret=hush", "a=1&client_secret=[masked]"),
     ],
 )
 def test_a_url_is_shown_without_the_secrets_in_its_query(name, value, expected):
@@ -1007,10 +1008,14 @@ def test_a_url_is_shown_without_the_secrets_in_its_query(name, value, expected):
             {"name": "Authorization", "value": "[masked]"},
         ),
         ({"key": "a", "value": "b"}, {"key": "a", "value": "b"}),
+        (["Authorization", "hush", "Host", "x"], ["Authorization", "[masked]", "Host", "x"]),
+        (["x", "token", "y"], ["x", "token", "y"]),
+        ("https://bob:hush@a.example.com/x", "https://bob:[masked]@a.example.com/x"),
+        ("postgres://bob:hush@db", "postgres://bob:[masked]@db"),
     ],
 )
 def test_a_secret_is_masked_in_text_and_beside_its_name(value, expected):
-    assert detail_of(extra={"a": value})["extra"] == {"a": expected}
+    assert detail_of(extra={"a_url": value})["extra"] == {"a_url": expected}
 
 
 @pytest.mark.parametrize("name", PLAIN_NAMES)
