@@ -698,8 +698,16 @@ def parse_frame(frame, room):
         "post_context": parse_lines(lines.get("post_context")),
         "package": text(get("package")),
         "instruction_addr": identifier(address),
-        "vars": as_object(get("vars"), room, VARIABLES),
+        "vars": as_object(order_variables(get("vars"), own_line), room, VARIABLES),
     }
+
+
+def order_variables(variables, line):
+    """Return a frame's variables, of too many first those that its source line names."""
+    if not isinstance(variables, dict) or len(variables) <= VARIABLES:
+        return variables
+    words = re.findall(r"\w+", text(line) or "")
+    return {word: variables[word] for word in words if word in variables} | variables
 
 
 def parse_frames(holder, room):
@@ -2331,9 +2339,8 @@ def closely(frame):
     read = " ".join(line for _, line, _ in around)
     used = set(re.findall(r"\w+", frame["context_line"] or ""))
     near = set(re.findall(r"\w+", read))
-    names = sorted(
-        variables, key=lambda name: (name not in used, name not in near, name.startswith("__"))
-    )
+    names = [name for name in variables if name != REST]
+    names.sort(key=lambda name: (name not in used, name not in near, name.startswith("__")))
     room = VARIABLES_SHOWN
     for index, name in enumerate(names):
         line = f"  {flat(name, 60)} = {flat(variables[name], 300)}"
@@ -2342,6 +2349,8 @@ def closely(frame):
             yield f"  {len(names) - index} more variables{CUT}"
             break
         yield line
+    if REST in variables:
+        yield f"  {flat(variables[REST])}{CUT}"
 
 
 def trace_lines(exception, marked):

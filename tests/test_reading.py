@@ -1292,12 +1292,42 @@ def test_a_line_too_long_to_be_read_whole_is_read_around_the_column(client):
     assert re.fullmatch("…a{500,}BUGb{500,}…", read["context_line"]) and read["colno"] == 30_000
 
 
+def test_a_column_beyond_the_line_does_not_hide_it(client):
+    line = "a" * 1500
+    minified = frame("a.js", "f", 1, source=line, colno=90_000)
+    text = text_of(client, event_payload(stacktrace={"frames": [minified]}))
+    assert re.search(r"column 90000, in f\n.*> +1 \| a{100,}…\n", text, re.DOTALL)
+
+
+def test_the_variables_of_the_line_are_the_last_to_be_cut(client):
+    variables = {f"v{number}": number for number in range(70)} | {"total": -5}
+    crash = frame("a.py", "f", 1, source="check(total)", vars=variables)
+    text = text_of(client, event_payload(stacktrace={"frames": [crash]}))
+    assert "\n    total = -5\n" in text
+    assert "… 21 more cut…" in text
+
+
+def test_a_line_has_no_number_below_one(client):
+    crash = frame("a.py", "f", 2, source="x", pre_context=["p", "q"])
+    text = text_of(client, event_payload(stacktrace={"frames": [crash]}))
+    assert "        | p\n      1 | q\n>     2 | x\n" in text.replace("\n  ", "\n")
+
+
+def test_a_request_without_a_method_has_none(client):
+    text = text_of(client, event_payload(request={"url": "https://shop.example/"}))
+    assert "request:\n  https://shop.example/\n" in text
+
+
 def test_the_evidence_of_an_occurrence_is_shown(client):
     shown = [{"name": "Offending Spans", "value": "40 times: SELECT price", "important": True}]
+    shown.append({"name": "Offending Spans", "value": "2 times: DELETE"})
     shown.append({"name": "token", "value": "s3cret", "important": False})
     occurrence = {"issueTitle": "N+1 Query", "type": 1006, "evidenceDisplay": shown}
     text = text_of(client, event_payload(occurrence=occurrence))
-    assert "\n\nevidence:\n  Offending Spans = 40 times: SELECT price\n  token = [masked]\n" in text
+    assert (
+        "\n\nevidence:\n  Offending Spans = 40 times: SELECT price; 2 times: DELETE\n  token = [masked]\n"
+        in text
+    )
     page = client.get("/errors/1?format=html").text
     assert "<dt>Offending Spans</dt>" in page and "s3cret" not in page
 
