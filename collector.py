@@ -638,7 +638,8 @@ def parse_line(value, column=None):
 
     Of a long one the part around `column` stays, which then is in its middle.
     """
-    if isinstance(value, str) and len(value) > LINE_LENGTH and (column or 0) > LINE_LENGTH // 2:
+    is_long = isinstance(value, str) and len(value) > LINE_LENGTH
+    if is_long and LINE_LENGTH // 2 < (column or 0) <= len(value):
         value = REST + value[column - LINE_LENGTH // 2 + 1 :]
     return text(value, LINE_LENGTH) or ""
 
@@ -2316,7 +2317,7 @@ def source_lines(frame):
 
 def source_line(line, column=None):
     """Return a source line for a text form, indented. Of a long one the part at `column`."""
-    if line.startswith(REST) and column:
+    if line.startswith(REST) and column and column > LINE_LENGTH // 2:
         column = LINE_LENGTH // 2  # see parse_line
     line = line.expandtabs(4)
     start = 0
