@@ -877,8 +877,11 @@ def parse_stats(issue):
 def parse_evidence(payload):
     """Return what Sentry shows of an occurrence, such as a slow query, as a dict of text."""
     occurrence = as_dict(find_error(payload)["event"].get("occurrence"))
-    pairs = read_pairs(occurrence.get("evidenceDisplay"), PAIRS)
-    return {name: mask_value(name, value) for name, value in pairs}
+    evidence = {}
+    for name, value in read_pairs(occurrence.get("evidenceDisplay"), PAIRS):
+        shown = mask_value(name, value)
+        evidence[name] = f"{evidence[name]}; {shown}" if name in evidence else shown
+    return evidence
 
 
 def parse_detail(payload):
@@ -1591,6 +1594,7 @@ ISSUE_CONDITIONS = {
     "category": CONDITIONS["category"],
     "issue": "(issues.issue_id = :issue OR issues.short_id = :issue)",
     "since": "issues.last_seen >= :since",
+    "event": "issues.newest IN (SELECT id FROM errors WHERE event_id = :event)",
     "until": "issues.last_seen <= :until",
     "before": "issues.newest < :before",
 }
@@ -2266,7 +2270,7 @@ def last_part(package):
 def qualified(frame):
     """Return the function of a frame, with its class or module where the file does not say it."""
     function = frame["function"] or "?"
-    module = frame["module"] or ""
+    module = (frame["module"] or "").removeprefix("Elixir.")
     file = frame["filename"] or frame["abs_path"] or ""
     path = re.sub(r"[.:\\]+", "/", module)
     is_said = path in re.sub(r"[.:\\]+", "/", file) or function.startswith(module)
@@ -2310,7 +2314,9 @@ def source_lines(frame):
     first_number = frame["lineno"] and frame["lineno"] - len(before)
     numbered = []
     for index, line in enumerate(lines):
-        number = first_number + index if first_number is not None else None
+        number = None
+        if first_number is not None and first_number + index > 0:
+            number = first_number + index
         numbered.append((number, line, index == len(before)))
     return numbered
 
@@ -2376,7 +2382,7 @@ def has_more(chain):
         shown = own_frame(exception["frames"]) if exception["frames"] else None
         for frame in exception["frames"]:
             is_shown = frame is shown and is_close(exception)
-            if not is_shown and (frame["vars"] or frame["pre_context"]):
+            if not is_shown and (frame["vars"] or frame["pre_context"] or frame["post_context"]):
                 return True
     return False
 
@@ -2997,7 +3003,7 @@ def preference(form):
         elif name == "*/*":
             accepted.append((1, quality))
     exactness, quality = max(accepted)
-    return quality, exactness
+    return quality, exactness if quality else 0
 
 
 def read_query(*names):
@@ -3727,7 +3733,7 @@ def restore_command(file, yes):
         raise click.ClickException(str(error)) from None
     check_folder(database.path)
     try:
-        replaced_errors = count_errors(database.connection())
+        replaced_errors = count_rows(database.connection())
         click.echo(
             f"{file} has {errors} errors; {database.path} has {replaced_errors}, which it replaces."
         )

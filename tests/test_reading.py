@@ -189,6 +189,7 @@ def test_a_head_request_is_answered_without_a_body(client):
         ("text/plain;q=0.5, application/json;q=0.4", "text"),
         ("text/plain;q=0.5, text/html", "html"),
         ("text/html;q=0.1, */*;q=0", "html"),
+        ("text/html;q=0", "json"),
         ("text/html,application/xhtml+xml,application/xml;q=0.9,*/*;q=0.8", "html"),
         ("application/atom+xml", "atom"),
         (";;;q=,*/q=nan;,\xff", "json"),
@@ -729,6 +730,13 @@ def test_issues_are_filtered(filled, query, expected):
     assert [issue_id for issue_id, _, _ in seen(filled, query)] == expected
     text = filled.get(f"/issues?{query}&format=text").text
     assert len(re.findall(r"^#\d+ ", text, re.MULTILINE)) == len(expected)
+
+
+def test_an_issue_is_found_by_the_id_of_its_newest_event(client):
+    for number in (1, 2):
+        post(client, event_payload(f"{number:032x}", issue_id="7"))
+    assert seen(client, f"q={2:032x}") == [("7", 2, 2)]
+    assert seen(client, f"q={1:032x}") == []
 
 
 def test_issues_are_paged_the_most_recently_seen_first(client):
