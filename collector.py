@@ -2222,10 +2222,27 @@ def chain_of(error, parsed):
     for exception in reversed(exceptions[:main]):
         chain.append(exception | {"role": "caused by"})
     if main:
-        chain[-1]["role"] = INNERMOST
+        chain[main - innermost(exceptions[:main])]["role"] = INNERMOST
     for exception in exceptions[main + 1 :]:
         chain.append(exception | {"role": "wrapped in"})
     return chain
+
+
+def innermost(causes):
+    """Return the index of the cause with most parents, by the ids in a group, else of the first."""
+    parents = {}
+    for cause in causes:
+        mechanism = as_dict(cause["mechanism"])
+        parents[integer(mechanism.get("exception_id"))] = integer(mechanism.get("parent_id"))
+    depths = []
+    for cause in causes:
+        depth = 0
+        parent = integer(as_dict(cause["mechanism"]).get("parent_id"))
+        while parent is not None and depth < len(causes):
+            depth += 1
+            parent = parents.get(parent)
+        depths.append(depth)
+    return depths.index(max(depths))
 
 
 def is_close(exception):

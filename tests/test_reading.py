@@ -1300,6 +1300,21 @@ def test_a_line_too_long_to_be_read_whole_is_read_around_the_column(client):
     assert re.fullmatch("…a{500,}BUGb{500,}…", read["context_line"]) and read["colno"] == 30_000
 
 
+def test_the_innermost_of_a_group_is_the_one_with_most_parents(client):
+    def member(name, id_, parent):
+        mechanism = {"type": "chained", "exception_id": id_, "parent_id": parent}
+        return raised(name, "x", frame(f"{name}.py", "f", 1, vars={"n": name}), mechanism=mechanism)
+
+    group = [member("Third", 3, 0), member("Cause", 2, 1), member("First", 1, 0)]
+    group.append(member("Group", 0, None))
+    text = text_of(client, event_payload(exception={"values": group}))
+    assert re.findall(r"^(\w.*):\n  (\w+): x", text, re.MULTILINE) == [
+        ("exception", "Group"), ("caused by", "First"), ("caused by (innermost)", "Cause"),
+        ("caused by", "Third"),
+    ]  # fmt: skip
+    assert "\n    n = Cause\n" in text
+
+
 def test_a_column_beyond_the_line_does_not_hide_it(client):
     line = "a" * 1500
     minified = frame("a.js", "f", 1, source=line, colno=90_000)
