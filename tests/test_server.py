@@ -562,6 +562,7 @@ def added_log(server, since):
 
 def test_a_stop_under_load_is_clean(make_server):
     server = make_server(**SIGNED)
+    wait_for_workers(server)
     with Senders(server, count=8) as senders:
         wait_for(lambda: len(senders.answers) > 50)
         server.process.terminate()
