@@ -1251,7 +1251,7 @@ SAME_PLACE = """
     END
 """
 # Columns that a stored error learns from later deliveries of it.
-SCOPE = "server", "project_id", "project_slug", "project_name"
+SCOPE = "server", "project_id", "project_slug", "project_name", "issue_id", "short_id"
 
 
 def identity(row):

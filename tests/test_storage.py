@@ -746,6 +746,19 @@ TRIPLES = [
 ]
 
 
+def test_an_error_learns_the_ids_of_its_issue(app, client):
+    post(client, event_payload("1", issue_id="7", project=5))
+    post(client, event_payload("2"))
+    issue = {"id": "7", "shortId": "APP-7", "title": "x", "project": {"id": "5", "slug": "app"}}
+    reply = post(client, {"action": "created", "data": {"issue": issue}})
+    assert (reply.json["status"], reply.json["id"]) == ("duplicate", 1)
+    post(client, event_payload("2", issue_id="8"))
+    assert ids(client, issue="APP-7") == [1]
+    assert ids(client, issue="8") == [2]
+    assert [row["short_id"] for row in client.get("/issues").json] == [None, "APP-7"]
+    check_issues(app)
+
+
 @pytest.mark.parametrize(("places", "expected"), TRIPLES, ids=range(len(TRIPLES)))
 @pytest.mark.parametrize("kind", KINDS)
 def test_what_a_delivery_says_of_its_place_is_kept_for_the_next_one(app, kind, places, expected):
