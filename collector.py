@@ -2790,12 +2790,12 @@ def receive_webhook():
     signature = request.headers.get("Sentry-Hook-Signature", "")
     check_signature(body, signature, settings["SENTRY_CLIENT_SECRET"])
     payload = parse_body(body)
-    ignored = reason_to_ignore(payload, settings["SENTRY_ACTIONS"])
+    resource = request.headers.get("Sentry-Hook-Resource")
+    ignored = reason_to_ignore(payload, resource, settings["SENTRY_ACTIONS"])
     if ignored:
         reason, words = ignored
         collector().counts.add("ignored", reason)
         return delivery_reply({"status": "ignored", "reason": words}, 200)
-    resource = request.headers.get("Sentry-Hook-Resource")
     outcome, id_ = collector().keep(body, payload, resource, received_at)
     reply = {"status": outcome}
     if id_ is not None:
@@ -2895,12 +2895,13 @@ def as_sentry_writes(body):
         return body
 
 
-def reason_to_ignore(payload, accepted):
+def reason_to_ignore(payload, resource, accepted):
     """Return why a delivery is not stored, as (reason to count, words), or None if it is stored."""
     action = text(payload.get("action"))
     shown = ascii(cut(action, 40))
     if find_error(payload) is None:
-        return "no error", f"a delivery with action {shown} that holds no new error"
+        kind = UNSAFE.sub("?", resource or "unknown")[:40]
+        return "no error", f"resource {kind} with action {shown} holds no new error"
     if action is None or action in accepted:
         return None
     words = f"action {shown} is not in SENTRY_ACTIONS"

@@ -97,6 +97,7 @@ def test_a_delivery_that_is_no_error_is_ignored_whatever_is_accepted(make_app, n
         ["status", "reason"],
     )
     assert "holds no new error" in reply.json["reason"]
+    assert f"resource {name.split('.')[0]} " in reply.json["reason"]
     assert load(name)["action"] in reply.json["reason"]
     assert count_rows(app) == 0
 
