@@ -72,9 +72,11 @@ MASK = "[masked]"  # what stands in the place of a secret
 
 # The names of values that are secrets, however their parts are joined.
 SECRET_NAME = re.compile(
-    r"authori[sz]ation|cookie|passw|passphrase|pwd|secret|token|credential|sess(?:ion|id)|[cx]srf"
-    r"|(?:api|auth|access|private|signing|encryption|ssh)[-_. ]?key|dsn$"
-    r"|(?<![a-z])(?:dsn|jwt|bearer|(?:pass|o?auth)$|pw(?![a-z]))",
+    r"authori[sz]ation|cookie|passw|passphrase|passcode|pwd|secret|token|credential|sess(?:ion|id)"
+    r"|[cx]srf|dsn$|shared[-_. ]?access|[-_. ]signature$|card[-_. ]?number"
+    r"|(?:api|auth|access|private|signing|encryption|ssh|subscription|functions?|master|account"
+    r"|storage|service|license|hmac|rsa)[-_. ]?key"
+    r"|(?<![a-z])(?:dsn|jwt|bearer|pw(?![a-z])|(?:pass|o?auth|creds|sid|sig|t?otp|cvv)$)",
     re.IGNORECASE,
 )
 # The names of values that are URLs, queries or forms, which may have secrets as parameters.
@@ -253,6 +255,8 @@ def objects(value):
 
 def is_secret(name):
     """Return True if a value of this name is a secret."""
+    if not name.islower():
+        name = re.sub(r"(?<=[a-z0-9])(?=[A-Z])", "_", name)  # dbPass
     return SECRET_NAME.search(name) is not None
 
 
@@ -268,7 +272,8 @@ def mask_query(value):
 
 def mask_value(name, value):
     """Return a plain value of this name without secrets."""
-    if is_secret(name):
+    is_count = type(value) in (int, float, bool) and re.search("token|sess", name, re.IGNORECASE)
+    if is_secret(name) and not is_count:  # max_tokens and the like are counts
         return MASK
     if not isinstance(value, str):
         return value
@@ -340,7 +345,8 @@ def plain_list(value, depth, room):
     if len(value) % 2 == 0:  # perhaps names, each with its value after it
         for index in range(1, kept, 2):
             name = value[index - 1]
-            if isinstance(name, str) and is_secret(name[:NAME_LENGTH]):
+            is_name = isinstance(name, str) and re.fullmatch(r"[\w. \[\]-]{1,200}", name)
+            if is_name and is_secret(name):
                 copy[index] = MASK
     if len(value) > kept:
         copy.append(rest(len(value) - kept))

@@ -945,11 +945,12 @@ SECRET_NAMES = (
     "password Password db_password password2 passwd DB_PASSWD secret client_secret SENTRY_CLIENT_SECRET "
     "token access_token X-Auth-Token csrfmiddlewaretoken refreshToken apikey api_key X-Api-Key API-KEY "
     "credentials AWS_CREDENTIALS session sessionid PHPSESSID csrf X-CSRF-Header x_xsrf private_key PRIVATE-KEY "
-    "dsn SENTRY_DSN sentryDsn passphrase mysql_pwd jwt user[password]"
+    "dsn SENTRY_DSN sentryDsn passphrase mysql_pwd jwt user[password] dbPass basicAuth idJwt passcode connect.sid "
+    "Ocp-Apim-Subscription-Key x-functions-key accountKey X-Amz-Signature sig otp"
 ).split() + ["api key", "private key", "set cookie"]
 PLAIN_NAMES = (
     "author authenticated host key keyboard path compass user_agent accept recordsNumber friends_name content-type "
-    "monkey bypass"
+    "monkey bypass signature inside design options hotkey"
 ).split()
 
 
@@ -1010,6 +1011,9 @@ def test_a_url_is_shown_without_the_secrets_in_its_query(name, value, expected):
         ({"key": "a", "value": "b"}, {"key": "a", "value": "b"}),
         (["Authorization", "hush", "Host", "x"], ["Authorization", "[masked]", "Host", "x"]),
         (["x", "token", "y"], ["x", "token", "y"]),
+        (["Cookie: a", "B: c"], ["Cookie: a", "B: c"]),
+        ({"max_tokens": 5, "session_open": True}, {"max_tokens": 5, "session_open": True}),
+        ({"pin_token": "hush", "password": 5}, {"pin_token": "[masked]", "password": "[masked]"}),
         ("https://bob:hush@a.example.com/x", "https://bob:[masked]@a.example.com/x"),
         ("postgres://bob:hush@db", "postgres://bob:[masked]@db"),
     ],
