@@ -802,8 +802,12 @@ def parse_headers(headers):
     """Return a request's headers, sent as pairs, as an object or as lines, as a dict, else None."""
     if isinstance(headers, str):
         headers = [line.partition(":")[::2] for line in headers[:COLUMN_LENGTH].splitlines()]
-    pairs = read_pairs(headers, PAIRS)
-    return {name: mask_value(name, value) for name, value in pairs} or None
+    parsed = {}
+    for name, value in read_pairs(headers, PAIRS):
+        shown = mask_value(name, value)
+        is_repeated = parsed.get(name) and shown
+        parsed[name] = f"{parsed[name]}, {shown}" if is_repeated else shown
+    return parsed or None
 
 
 def parse_query(query):
@@ -2222,7 +2226,8 @@ def chain_of(error, parsed):
         only = {"type": error["exception_type"], "value": error["exception_value"]}
         only |= {"module": None, "mechanism": None, "main": True, "frames": parsed["stacktrace"]}
         is_empty = not any(only[key] for key in ("type", "value", "frames"))
-        return [] if is_empty else [only | {"role": "exception"}]
+        is_no_exception = error["category"] not in (None, "error") and not only["frames"]
+        return [] if is_empty or is_no_exception else [only | {"role": "exception"}]
     main = [exception["main"] for exception in exceptions].index(True)
     chain = [exceptions[main] | {"role": "exception"}]
     for exception in reversed(exceptions[:main]):
@@ -2296,7 +2301,7 @@ def qualified(frame):
     module = (frame["module"] or "").removeprefix("Elixir.")
     file = frame["filename"] or frame["abs_path"] or ""
     path = re.sub(r"[.:\\]+", "/", module)
-    is_said = path in re.sub(r"[.:\\]+", "/", file) or function.startswith(module)
+    is_said = path in re.sub(r"[.:\\]+", "/", file) or module in function
     if is_said or module.startswith(("<", "__main__")):
         return function
     if " " in function.partition("(")[0]:  # it begins with what it returns
@@ -2311,7 +2316,7 @@ def place(frame):
     file = frame["filename"] or frame["abs_path"]
     package = frame["package"] and last_part(frame["package"])
     parts = [f'File "{file or package or frame["module"] or "?"}"']
-    if frame["lineno"]:
+    if (frame["lineno"] or 0) > 0:
         parts.append(f"line {frame['lineno']}")
     line = frame["context_line"] or ""
     is_minified = len(line) > LONG_LINE or "{snip}" in line
@@ -2453,9 +2458,12 @@ def fit(words, url, left_out):
     missing = []
     for lines, room in zip(sections, share_out(sections, len(head)), strict=True):
         kept = cut_section(lines, room)
-        if len(kept) < len(lines):
+        left = len(lines) - len(kept)
+        if left:
             name = lines[0].partition(" (")[0].rstrip(":")
-            missing.append(f"{len(lines) - len(kept)} lines of {name}")
+            missing.append(f"{left} lines of {name}")
+        if left and kept and rank(lines[0]) != 2:
+            kept.insert(2, f"  [{left} lines left out]")
         if len(kept) > 1:
             shown.append("\n".join(kept))
     text_form = "\n\n".join(shown)
@@ -2502,6 +2510,8 @@ def cut_section(lines, room):
     A trace keeps its first two lines and its end, breadcrumbs their end, other sections their
     beginning.
     """
+    if sum(len(line) + 1 for line in lines) < room:
+        return lines
     is_trace = rank(lines[0]) != 2
     first_lines = lines[: 2 if is_trace else 1]
     others = lines[len(first_lines) :]
@@ -2509,6 +2519,7 @@ def cut_section(lines, room):
     if ends_best:
         others.reverse()
     room -= sum(len(line) + 1 for line in first_lines) + 1
+    room -= 30 if is_trace else 0  # for the words that stand for what is left out
     if room < 0:
         return []
     kept = []
@@ -3075,7 +3086,8 @@ def read_time(query, name):
     elif re.fullmatch(r"[0-9]{9,11}(\.[0-9]{1,9})?", value):
         parsed = moment(float(value))
     else:
-        parsed = moment(value.replace(" ", "+") if "T" in value else value)  # a plus not encoded
+        # A plus that is not encoded comes as a blank.
+        parsed = moment(re.sub(r"(:[0-9.]+) ([0-9:]+)$", r"\1+\2", value.upper()))
     if parsed is None:
         forms = "ISO 8601, as 2026-01-31T12:00:00Z, Unix seconds, or 15m, 24h, 7d, 2w"
         abort(400, f"{name}={ascii(value[:40])} is not a time; use {forms}.")
@@ -3088,6 +3100,8 @@ def read_filters(query):
     filters |= {name: read_time(query, name) for name in ("since", "until")}
     filters |= {name: read_number(query, name, 0, 2**63 - 1) for name in ("before", "after")}
     filters = {name: value for name, value in filters.items() if value is not None}
+    if "level" in filters:
+        filters["level"] = re.sub(r"\s*,\s*", ",", filters["level"])
     for level in filters.get("level", "error").split(","):
         if level not in LEVELS:
             known = ", ".join(LEVELS)

@@ -920,6 +920,7 @@ REQUESTS = [
         {"headers": {"Host": "x", "Accept": '["y"]'}},
     ),
     ({"headers": {"Host": "x"}}, {"headers": {"Host": "x"}}),
+    ({"headers": [["Via", "a"], ["Via", "b"]]}, {"headers": {"Via": "a, b"}}),
     ({"headers": "Host:x\r\nAccept:y"}, {"headers": {"Host": "x", "Accept": "y"}}),
     ({"data": "plain words"}, {"data": "plain words"}),
     ({"data": {"a": 1}}, {"data": {"a": 1}}),

@@ -658,6 +658,9 @@ def test_a_period_is_given_in_iso_8601_or_as_long_ago(app, client):
         ("since=2999-01-01", []),
         ("since=1999-01-01&until=2999-01-01T00:00:00%2B02:00", [7, 6, 5, 4, 3, 2, 1]),
         ("since=1999-01-01T00:00:00+02:00", [7, 6, 5, 4, 3, 2, 1]),
+        ("since=1999-01-01 00:00:00+02:00", [7, 6, 5, 4, 3, 2, 1]),
+        ("since=1999-01-01T00:00:00z", [7, 6, 5, 4, 3, 2, 1]),
+        ("since=1999-01-01 00:00", [7, 6, 5, 4, 3, 2, 1]),
         ("since=24h&after=4", [5, 6, 7]),
     ]:
         assert ids(client.get(f"/errors?{query}")) == expected, query
@@ -1315,6 +1318,25 @@ def test_the_innermost_of_a_group_is_the_one_with_most_parents(client):
     assert "\n    n = Cause\n" in text
 
 
+def test_an_issue_that_is_no_error_has_a_message_and_no_exception(client):
+    issue = {"id": "7", "issueCategory": "uptime", "title": "Down"}
+    issue["metadata"] = {"type": "x", "value": "The domain is down"}
+    text = text_of(client, {"action": "created", "data": {"issue": issue}})
+    assert "\nmessage: The domain is down\n" in text
+    assert "\n\nstack trace:\n  There is no stack trace: this is an issue of" in text
+    assert "\nexception" not in text
+
+
+def test_a_member_called_type_is_shown(client):
+    parts = {
+        "user": {"id": 1, "type": "trial"},
+        "contexts": {"os": {"type": "os", "name": "Linux"}},
+    }
+    text = text_of(client, event_payload(**parts))
+    assert "user:\n  id = 1; type = trial\n" in text
+    assert "contexts:\n  os: name = Linux\n" in text
+
+
 def test_a_column_beyond_the_line_does_not_hide_it(client):
     line = "a" * 1500
     minified = frame("a.js", "f", 1, source=line, colno=90_000)
@@ -1528,8 +1550,9 @@ def test_what_is_cut_of_a_trace_is_its_beginning(client):
     event = {"exception": {"values": [cause, raised("F", "w", *frames)]}, "tags": [["tag", "kept"]]}
     _, sections, end = read_text(text_of(client, event_payload(**event)))
     for name, lines in sections[:2]:
-        shown = [int(line.rsplit("f", 1)[1]) for line in lines[1:]]
+        shown = [int(line.rsplit("f", 1)[1]) for line in lines[2:]]
         assert shown == list(range(shown[0], 200))
+        assert lines[1] == f"[{shown[0]} lines left out]"
         assert f"{shown[0]} lines of {name.split(' (')[0]}" in end
     assert ("tags", ["tag = kept"]) in sections
 
