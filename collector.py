@@ -79,6 +79,8 @@ SECRET_NAME = re.compile(
     r"|(?<![a-z])(?:dsn|jwt|bearer|pw(?![a-z])|(?:pass|o?auth|creds|sid|sig|t?otp|cvv)$)",
     re.IGNORECASE,
 )
+# The names of numbers that are counts, such as max_tokens, and no secrets.
+COUNT_NAME = re.compile(r"tokens$|max|count|total|limit|duration|length", re.IGNORECASE)
 # The names of values that are URLs, queries or forms, which may have secrets as parameters.
 LINK_NAME = re.compile(
     r"(?:ur[il]|query|query[-_]?string|referr?er|location|body|form)$", re.IGNORECASE
@@ -272,8 +274,8 @@ def mask_query(value):
 
 def mask_value(name, value):
     """Return a plain value of this name without secrets."""
-    is_count = type(value) in (int, float, bool) and re.search("token|sess", name, re.IGNORECASE)
-    if is_secret(name) and not is_count:  # max_tokens and the like are counts
+    is_count = isinstance(value, int | float) and COUNT_NAME.search(name)
+    if is_secret(name) and not is_count and not isinstance(value, bool):
         return MASK
     if not isinstance(value, str):
         return value
@@ -802,12 +804,18 @@ def parse_headers(headers):
     """Return a request's headers, sent as pairs, as an object or as lines, as a dict, else None."""
     if isinstance(headers, str):
         headers = [line.partition(":")[::2] for line in headers[:COLUMN_LENGTH].splitlines()]
-    parsed = {}
-    for name, value in read_pairs(headers, PAIRS):
+    return join_pairs(read_pairs(headers, PAIRS), ", ") or None
+
+
+def join_pairs(pairs, separator):
+    """Return pairs of a name and a text as a dict without secrets, the texts of a name joined."""
+    values = {}
+    for name, value in pairs:
         shown = mask_value(name, value)
-        is_repeated = parsed.get(name) and shown
-        parsed[name] = f"{parsed[name]}, {shown}" if is_repeated else shown
-    return parsed or None
+        if values.get(name) and shown:
+            shown = cut(f"{values[name]}{separator}{shown}", COLUMN_LENGTH)
+        values[name] = shown
+    return values
 
 
 def parse_query(query):
@@ -887,11 +895,7 @@ def parse_stats(issue):
 def parse_evidence(payload):
     """Return what Sentry shows of an occurrence, such as a slow query, as a dict of text."""
     occurrence = as_dict(find_error(payload)["event"].get("occurrence"))
-    evidence = {}
-    for name, value in read_pairs(occurrence.get("evidenceDisplay"), PAIRS):
-        shown = mask_value(name, value)
-        evidence[name] = f"{evidence[name]}; {shown}" if name in evidence else shown
-    return evidence
+    return join_pairs(read_pairs(occurrence.get("evidenceDisplay"), PAIRS), "; ")
 
 
 def parse_detail(payload):
@@ -1701,17 +1705,18 @@ def delete_expired(database, days):
     if not database.reader().execute(sql, (limit,)).fetchone():
         return 0
     with database.transaction(STEP_SECONDS) as connection:
-        (block,) = connection.execute(sql, (limit,)).fetchone() or (None,)
-        of_block = {"first": 1000 * (block or 0), "limit": limit, "count": DELETE_BATCH}
+        block = connection.execute(sql, (limit,)).fetchone()
+        if block is None:  # another worker was here
+            return 0
+        of_block = {"first": 1000 * block["id"], "limit": limit, "count": DELETE_BATCH}
         condition = "FROM errors WHERE id BETWEEN :first AND :first + 999"
         expired = f"SELECT id {condition} AND received_at < :limit LIMIT :count"
         ids = [id_ for (id_,) in connection.execute(expired, of_block)]
         delete_errors(connection, ids)
-        oldest = f"(SELECT min(received_at) {condition})"
-        if len(ids) < DELETE_BATCH:  # none is left, so that nobody looks at this block again
-            connection.execute(
-                f"UPDATE blocks SET first_at = {oldest} WHERE id = :first / 1000", of_block
-            )
+        if len(ids) < DELETE_BATCH:  # none is left, so nobody has to look at this block again
+            oldest = f"(SELECT min(received_at) {condition})"
+            redate = f"UPDATE blocks SET first_at = {oldest} WHERE id = :first / 1000"
+            connection.execute(redate, of_block)
     return len(ids)
 
 
