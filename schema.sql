@@ -102,7 +102,9 @@ INSERT INTO errors
 SELECT id, received_at, timestamp, resource, action, event_id, issue_id, short_id, title, message,
     culprit, level, status, platform, logger, environment, release, project_id, project_slug,
     project_name, exception_type, exception_value, permalink, rule,
-    server_of(permalink), 'error',
+    server_of(permalink),
+    CASE WHEN resource = 'error' AND exception_type IS NOT NULL THEN 'error'  -- without a look at each
+        ELSE body_category(payload, payload_bytes) END,
     CASE WHEN event_id IS NULL AND issue_id IS NULL THEN body_digest(payload, payload_bytes) END
 FROM errors_1;
 

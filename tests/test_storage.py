@@ -565,6 +565,22 @@ def test_a_database_of_1_0_0_keeps_all_it_has(make_app, old_database):
     assert select(app, "PRAGMA integrity_check") == [("ok",)]
 
 
+def test_errors_of_1_0_0_get_their_category(make_app, old_database):
+    bodies = (
+        wire(event_payload(type="csp", csp={"blocked_uri": "x"})),
+        wire({"action": "created", "data": {"issue": {"id": "1", "issueCategory": "cron"}}}),
+        b"no JSON",
+    )
+    sql = "UPDATE errors SET resource = 'issue', payload_bytes = ?, payload = ? WHERE id = ?"
+    with closing(sqlite3.connect(old_database)) as connection:
+        for id_, body in zip((1, 2, 5), bodies, strict=True):
+            connection.execute(sql, (len(body), body, id_))
+        connection.commit()
+    assert select(make_app(), "SELECT category FROM errors") == [
+        ("csp",), ("cron",), ("error",), ("error",), ("error",),
+    ]  # fmt: skip
+
+
 def test_the_issues_of_a_database_of_1_0_0_are_counted(make_app, old_database):
     app = make_app()
     first, second = "2026-05-01T10:00:00.000000Z", "2026-05-01T10:00:01.000000Z"
