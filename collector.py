@@ -2547,14 +2547,14 @@ def cut_section(lines, room):
     return first_lines + kept
 
 
-def rows_that_fit(rows, line_of):
-    """Return the first rows, of whose lines the text form of a list has room for all."""
+def fit_rows(rows, has_more, line_of):
+    """Return the first rows, whose lines fit a list as text, and True if there are more."""
     room = TEXT_LENGTH - NOTE_LENGTH
     for number, row in enumerate(rows):
         room -= len(line_of(row)) + 1
         if room < 0:
-            return rows[:number]
-    return rows
+            return rows[:number], True
+    return rows, has_more
 
 
 def list_text(lines, next_url, nothing):
@@ -3318,9 +3318,7 @@ def list_errors():
     oldest_first = "after" in filters
     rows, has_more = select_errors(connection, narrowed, limit, oldest_first)
     if form == "text":
-        shown = rows_that_fit(rows, error_line)
-        has_more = has_more or len(shown) < len(rows)
-        rows = shown
+        rows, has_more = fit_rows(rows, has_more, error_line)
     next_page = None
     if has_more:
         direction = "after" if oldest_first else "before"
@@ -3439,9 +3437,7 @@ def list_issues():
         complete_index(database)
     rows, has_more = select_issues(database.reader(), filters, limit)
     if form == "text":
-        shown = rows_that_fit(rows, issue_line)
-        has_more = has_more or len(shown) < len(rows)
-        rows = shown
+        rows, has_more = fit_rows(rows, has_more, issue_line)
     issues = [issue(row, link("")) for row in rows]
     next_page = None
     if has_more:
