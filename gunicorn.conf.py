@@ -72,13 +72,23 @@ def check_port(cfg):
 
 
 def when_ready(server):
-    """Have the kernel keep connections until they bring data, because browsers open spare ones."""
+    """Log what is on, and prepare what the workers share."""
     app = server.app.wsgi()
-    for name in app.jinja_env.list_templates(extensions=("html", "txt", "xml")):
-        app.jinja_env.get_template(name)  # compiled here, or each worker's first pages would wait
-    gc.freeze()  # what is there now stays, and is shared with the workers
     collector.log.info(collector.describe_start(app.extensions["collector"]))
-    for listener in server.LISTENERS:
+    compile_templates(app)
+    defer_connections(server.LISTENERS)
+    gc.freeze()  # what is there now stays, and is shared with the workers
+
+
+def compile_templates(app):
+    """Compile the templates, for which the first pages of each worker would wait otherwise."""
+    for name in app.jinja_env.list_templates(extensions=("html", "txt", "xml")):
+        app.jinja_env.get_template(name)
+
+
+def defer_connections(listeners):
+    """Have the kernel keep connections until they bring data, because browsers open spare ones."""
+    for listener in listeners:
         is_tcp = listener.sock.family in (socket.AF_INET, socket.AF_INET6)
         if is_tcp and hasattr(socket, "TCP_DEFER_ACCEPT"):
             listener.sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_DEFER_ACCEPT, 30)
