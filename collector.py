@@ -2075,6 +2075,7 @@ NOTE_LENGTH = 1000  # characters of it that are kept for what it says of what wa
 URL_LENGTH = 300  # most characters of a URL in it; of a longer one the path is shown
 SHARES = 2600, 1400, 700, 300  # characters that a section of each rank gets before any gets more
 SOURCE_LINES = 3  # source lines around the one that failed
+GAP_LENGTH = 30  # characters that a trace keeps for the words about what it lost
 LONG_LINE = 100  # characters of a source line above which its column is told, too
 LINE_SHOWN = 160  # most characters of a source line in a text form
 VARIABLES_SHOWN = 1000  # characters of variables after which the others are left out
@@ -2503,6 +2504,11 @@ def rank(name):
     return 2
 
 
+def size_of(lines):
+    """Return the characters that a section of lines takes, with the blank line after it."""
+    return sum(len(line) + 1 for line in lines) + 1
+
+
 def share_out(sections, taken):
     """Return the characters that each section of lines may have, the head has `taken`."""
     room = TEXT_LENGTH - NOTE_LENGTH - taken
@@ -2510,7 +2516,7 @@ def share_out(sections, taken):
     ranks = [rank(lines[0]) for lines in sections]
     for shares in (SHARES, [TEXT_LENGTH] * len(SHARES)):
         for index in sorted(range(len(sections)), key=ranks.__getitem__):
-            size = sum(len(line) + 1 for line in sections[index]) + 1
+            size = size_of(sections[index])
             more = min(size, shares[ranks[index]]) - given[index]
             more = max(min(more, room), 0)
             given[index] += more
@@ -2524,7 +2530,7 @@ def cut_section(lines, room):
     A trace keeps its first two lines and its end, breadcrumbs their end, other sections their
     beginning.
     """
-    if sum(len(line) + 1 for line in lines) < room:
+    if size_of(lines) <= room:
         return lines
     is_trace = rank(lines[0]) != 2
     first_lines = lines[: 2 if is_trace else 1]
@@ -2532,8 +2538,9 @@ def cut_section(lines, room):
     ends_best = is_trace or lines[0].startswith("breadcrumbs")
     if ends_best:
         others.reverse()
-    room -= sum(len(line) + 1 for line in first_lines) + 1
-    room -= 30 if is_trace else 0  # for the words that stand for what is left out
+    room -= size_of(first_lines)
+    if is_trace:
+        room -= GAP_LENGTH
     if room < 0:
         return []
     kept = []
