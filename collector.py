@@ -2256,14 +2256,14 @@ def chain_of(error, parsed):
 
 def innermost(causes):
     """Return the index of the cause with most parents, by the ids in a group, else of the first."""
-    parents = {}
-    for cause in causes:
-        mechanism = as_dict(cause["mechanism"])
-        parents[integer(mechanism.get("exception_id"))] = integer(mechanism.get("parent_id"))
+    mechanisms = [as_dict(cause["mechanism"]) for cause in causes]
+    own_parents = [integer(mechanism.get("parent_id")) for mechanism in mechanisms]
+    ids = [integer(mechanism.get("exception_id")) for mechanism in mechanisms]
+    parents = dict(zip(ids, own_parents, strict=True))
     depths = []
-    for cause in causes:
+    for own_parent in own_parents:
         depth = 0
-        parent = integer(as_dict(cause["mechanism"]).get("parent_id"))
+        parent = own_parent
         while parent is not None and depth < len(causes):
             depth += 1
             parent = parents.get(parent)
