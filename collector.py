@@ -1616,8 +1616,8 @@ ISSUE_CONDITIONS = {
     "level": CONDITIONS["level"],
     "category": CONDITIONS["category"],
     "issue": "(issues.issue_id = :issue OR issues.short_id = :issue)",
-    "since": "issues.last_seen >= :since",
     "event": "issues.newest IN (SELECT id FROM errors WHERE event_id = :event)",
+    "since": "issues.last_seen >= :since",
     "until": "issues.last_seen <= :until",
     "before": "issues.newest < :before",
 }
@@ -2241,8 +2241,10 @@ def chain_of(error, parsed):
         only = {"type": error["exception_type"], "value": error["exception_value"]}
         only |= {"module": None, "mechanism": None, "main": True, "frames": parsed["stacktrace"]}
         is_empty = not any(only[key] for key in ("type", "value", "frames"))
-        is_no_exception = error["category"] not in (None, "error") and not only["frames"]
-        return [] if is_empty or is_no_exception else [only | {"role": "exception"}]
+        is_no_error = (error["category"] or "error") != "error"
+        if is_empty or (is_no_error and not only["frames"]):
+            return []
+        return [only | {"role": "exception"}]
     main = [exception["main"] for exception in exceptions].index(True)
     chain = [exceptions[main] | {"role": "exception"}]
     for exception in reversed(exceptions[:main]):
@@ -2366,7 +2368,7 @@ def source_lines(frame):
 
 def source_line(line, column=None):
     """Return a source line for a text form, indented. Of a long one the part at `column`."""
-    if line.startswith(REST) and column and column > LINE_LENGTH // 2:
+    if line.startswith(REST) and (column or 0) > LINE_LENGTH // 2:
         column = LINE_LENGTH // 2  # see parse_line
     line = line.expandtabs(4)
     start = 0
