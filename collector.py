@@ -262,6 +262,13 @@ def is_secret(name):
     return SECRET_NAME.search(name) is not None
 
 
+def is_count(name, value):
+    """Return True for a number that is no secret in spite of its name, and for a boolean."""
+    if isinstance(value, int | float) and COUNT_NAME.search(name):
+        return True
+    return isinstance(value, bool)
+
+
 def mask(match):
     """Return a match of PARAMETER or MEMBER, without its value if that is a secret."""
     return match[1] + MASK if is_secret(match["name"]) else match[0]
@@ -274,8 +281,7 @@ def mask_query(value):
 
 def mask_value(name, value):
     """Return a plain value of this name without secrets."""
-    is_count = isinstance(value, int | float) and COUNT_NAME.search(name)
-    if is_secret(name) and not is_count and not isinstance(value, bool):
+    if is_secret(name) and not is_count(name, value):
         return MASK
     if not isinstance(value, str):
         return value
