@@ -1358,6 +1358,14 @@ def test_a_line_has_no_number_below_one(client):
     assert "        | p\n      1 | q\n>     2 | x\n" in text.replace("\n  ", "\n")
 
 
+def test_a_line_below_one_is_no_line(client):
+    native = frame("a.java", "f", -1)
+    text = text_of(client, event_payload(stacktrace={"frames": [native]}))
+    assert 'File "a.java", in f\n' in text
+    assert ", line" not in client.get("/errors/1?format=html").text
+    assert client.get("/errors/1").json["stacktrace"][0]["lineno"] == -1
+
+
 def test_a_request_without_a_method_has_none(client):
     text = text_of(client, event_payload(request={"url": "https://shop.example/"}))
     assert "request:\n  https://shop.example/\n" in text
