@@ -2685,7 +2685,8 @@ class Collector:
         self.database = Database(path)
         self.spool = Spool(path.parent / "spool")
         self.counts = Counts()
-        self.report = lambda error: None
+        dsn = settings["SENTRY_DSN"]
+        self.report = start_reports(dsn) if dsn else lambda error: None
         # Steps of maintenance by the seconds between two of them, the most urgent first.
         self.steps = {
             self.database.checkpoint: 0.1,
@@ -4193,10 +4194,7 @@ def create_app(config=None):
     # Flask would redirect to the address without the slash; Sentry takes a redirect for success.
     app.url_map.strict_slashes = False
     app.url_map.merge_slashes = False
-    shared = Collector(settings)
-    app.extensions["collector"] = shared
-    if settings["SENTRY_DSN"]:
-        shared.report = start_reports(settings["SENTRY_DSN"])
+    app.extensions["collector"] = Collector(settings)
     style = Path(app.root_path, "templates", "style.css").read_text(encoding="utf-8")
     digest_of_style = base64.b64encode(hashlib.sha256(style.encode()).digest()).decode()
     app.config["HEADERS"] = {

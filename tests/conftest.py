@@ -21,7 +21,7 @@ from pathlib import Path
 import pytest
 from jinja2 import FileSystemBytecodeCache
 
-from collector import check_folder, create_app
+from collector import Collector, check_folder, create_app, read_settings
 
 # In memory where there is room for it: a database for each test is hundreds of syncs. A kill loses no
 # more there than on a disk.
@@ -49,17 +49,14 @@ for name in ("collector.py", "worker.py"):
 TEMPLATES = FileSystemBytecodeCache()  # compiled once for all apps
 
 
-def isolate(patch, folder):
-    """Keep the developer's own settings and .env out: work in `folder`, no setting given."""
-    for name in SETTINGS:
-        patch.delenv(name, raising=False)
-    patch.chdir(folder)
-
-
-@pytest.fixture(autouse=True)
-def clean_environment(monkeypatch, tmp_path):
+@pytest.fixture(autouse=True, scope="session")
+def clean_environment(tmp_path_factory):
     """Keep the developer's own settings and .env out of every test."""
-    isolate(monkeypatch, tmp_path)
+    with pytest.MonkeyPatch.context() as patch:
+        for name in SETTINGS:
+            patch.delenv(name, raising=False)
+        patch.chdir(tmp_path_factory.mktemp("clean"))
+        yield
 
 
 @pytest.fixture(scope="session")
@@ -72,16 +69,25 @@ def empty_database(tmp_path_factory):
     return path.read_bytes()
 
 
+@pytest.fixture(scope="session")
+def spare_apps():
+    """Return a list for apps that no test uses, because half a test's time went into routes."""
+    return []
+
+
 @pytest.fixture
-def make_app(tmp_path, empty_database):
+def make_app(tmp_path, empty_database, spare_apps):
     """Return a function that makes an app on tmp_path/data/errors.db, as a worker has it.
 
-    Where there is no database it gets a copy of an empty one, which takes less than to make it.
+    Of an earlier test's app it has only the routes and the templates. Where there is no database
+    it gets a copy of an empty one, which takes less than to make it.
     """
     apps = []
 
     def make(**config):
-        app = create_app({"DATABASE_URL": f"sqlite:///{tmp_path}/data/errors.db", **config})
+        config = {"DATABASE_URL": f"sqlite:///{tmp_path}/data/errors.db", **config}
+        app = spare_apps.pop() if spare_apps else create_app()
+        app.extensions["collector"] = Collector(read_settings(config))
         app.jinja_env.bytecode_cache = TEMPLATES
         path = core(app).database.path
         check_folder(path)
@@ -94,6 +100,7 @@ def make_app(tmp_path, empty_database):
     yield make
     for app in apps:
         core(app).database.close()
+    spare_apps += apps
 
 
 @pytest.fixture
@@ -109,12 +116,11 @@ def client(app):
 @pytest.fixture(scope="session")
 def idle_app(tmp_path_factory):
     """Return an app for all tests that store nothing."""
-    with pytest.MonkeyPatch.context() as patch:
-        isolate(patch, tmp_path_factory.mktemp("idle"))
-        app = create_app()
-        app.jinja_env.bytecode_cache = TEMPLATES
-        yield app
-        core(app).database.close()
+    path = tmp_path_factory.mktemp("idle") / "errors.db"
+    app = create_app({"DATABASE_URL": f"sqlite:///{path}"})
+    app.jinja_env.bytecode_cache = TEMPLATES
+    yield app
+    core(app).database.close()
 
 
 def load(name):

@@ -7,7 +7,7 @@ import re
 from xml.etree import ElementTree
 
 import pytest
-from conftest import SECRET, event_payload, isolate, load, post, sign, wire
+from conftest import SECRET, core, event_payload, load, post, sign, wire
 from test_parsing import BASES, FIELD_TABLE, SAMPLES, positions, put
 from test_reading import DETAIL_KEYS, SUMMARY_KEYS, read_text
 
@@ -76,17 +76,16 @@ MORE_PATHS = (
 @pytest.fixture(scope="module")
 def app(tmp_path_factory):
     """Return an app that all examples share, one after another, and that does not wait for the disk."""
-    with pytest.MonkeyPatch.context() as patch:
-        isolate(patch, tmp_path_factory.mktemp("fuzz"))
-        app = create_app({"SENTRY_ACTIONS": "created,triggered"})
-        app.extensions["collector"].database.connection().execute("PRAGMA synchronous = OFF")
-        yield app
-        app.extensions["collector"].database.close()
+    url = f"sqlite:///{tmp_path_factory.mktemp('fuzz')}/errors.db"
+    app = create_app({"DATABASE_URL": url, "SENTRY_ACTIONS": "created,triggered"})
+    core(app).database.connection().execute("PRAGMA synchronous = OFF")
+    yield app
+    core(app).database.close()
 
 
 def empty(app):
     """Delete what the last example left."""
-    with app.extensions["collector"].database.transaction() as connection:
+    with core(app).database.transaction() as connection:
         delete_errors(connection, [id_ for (id_,) in connection.execute("SELECT id FROM errors")])
     return app.test_client()
 
@@ -311,7 +310,7 @@ def test_a_search_for_any_words_is_answered_and_finds_what_has_them(app, words):
     body=st.binary(max_size=100),
 )
 def test_no_made_up_signature_opens_the_door(app, signature, body):
-    settings_ = app.extensions["collector"].settings
+    settings_ = core(app).settings
     client = empty(app)
     headers = {"Sentry-Hook-Signature": signature}
     environ = {"CONTENT_LENGTH": str(len(body))}

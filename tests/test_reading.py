@@ -19,7 +19,6 @@ from conftest import (
     count_rows,
     counts,
     event_payload,
-    isolate,
     load,
     maintain,
     post,
@@ -540,13 +539,11 @@ def fill(client):
 @pytest.fixture(scope="module")
 def filled(tmp_path_factory):
     """Return a client that many tests read from, so it must stay as it is."""
-    with pytest.MonkeyPatch.context() as patch:
-        isolate(patch, tmp_path_factory.mktemp("filled"))
-        app = create_app()
-        core(app).start()
-        fill(app.test_client())
-        yield app.test_client()
-        core(app).database.close()
+    app = create_app({"DATABASE_URL": f"sqlite:///{tmp_path_factory.mktemp('filled')}/errors.db"})
+    core(app).start()
+    fill(app.test_client())
+    yield app.test_client()
+    core(app).database.close()
 
 
 FILTERED = [

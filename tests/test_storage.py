@@ -200,7 +200,8 @@ def test_the_environment_wins_over_the_env_file_and_both_over_the_defaults(
     tmp_path, monkeypatch, make_app
 ):
     lines = 'API_TOKEN="from file"', "RETENTION_DAYS=7", "PORT=9000", "MAX_BODY_BYTES="
-    (tmp_path / ".env").write_text("\n".join(lines) + "\n")
+    monkeypatch.chdir(tmp_path)
+    Path(".env").write_text("\n".join(lines) + "\n")
     monkeypatch.setenv("RETENTION_DAYS", "30")
     monkeypatch.setenv("PORT", "")
     client = make_app().test_client()
@@ -218,7 +219,8 @@ def test_the_settings_are_read_once(make_app, monkeypatch):
 
 @pytest.mark.parametrize("scheme", ["sqlite:///", "sqlite+aiosqlite:///"])
 @pytest.mark.parametrize("path", ["{}/a/b/errors.db", "relative/errors.db"])
-def test_the_folder_of_the_database_is_made(tmp_path, make_app, scheme, path):
+def test_the_folder_of_the_database_is_made(tmp_path, monkeypatch, make_app, scheme, path):
+    monkeypatch.chdir(tmp_path)
     app = make_app(DATABASE_URL=scheme + path.format(tmp_path))
     assert post(app.test_client(), event_payload()).status_code == 201
     assert (tmp_path / path.format(tmp_path)).is_file()
