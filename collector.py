@@ -1144,16 +1144,18 @@ class Database:
             fcntl.flock(self.lock, fcntl.LOCK_UN)
 
     @contextmanager
-    def transaction(self, seconds=WAIT_SECONDS):
+    def transaction(self, seconds=None):
         """Run the block in a write transaction, in turn with all other writers, and commit it.
 
         Yields the connection. Raises sqlite3.Error or OSError if the database cannot be written
-        within `seconds`. A worker that has waited in vain for WAIT_SECONDS, or met another fault,
-        leaves the database alone for PAUSE_SECONDS, so that deliveries are spooled at once.
+        within `seconds`, or WAIT_SECONDS. A worker that has waited for these in vain, or met
+        another fault, leaves the database alone for PAUSE_SECONDS, so that deliveries are spooled
+        at once.
         """
         if self.is_paused():
             raise self.trouble.with_traceback(None)
-        deadline = time.monotonic() + seconds
+        is_patient = seconds is None
+        deadline = time.monotonic() + (WAIT_SECONDS if is_patient else seconds)
         try:
             connection = self.connection()
             self.read_until = math.inf
@@ -1166,7 +1168,7 @@ class Database:
         except (sqlite3.Error, OSError) as error:
             if not is_busy(error):
                 self.close_connection()
-            if seconds == WAIT_SECONDS or not is_busy(error):
+            if is_patient or not is_busy(error):
                 self.pause(error)
             raise
         finally:

@@ -1240,6 +1240,7 @@ def test_two_workers_that_move_the_spool_at_once_lose_and_double_nothing(make_ap
 
 def test_a_full_spool_takes_no_more(app, client, monkeypatch, log):
     monkeypatch.setattr(collector, "SPOOL_LIMIT", 3)
+    monkeypatch.setattr(collector, "WAIT_SECONDS", 0.05)
     with locked(database_path(app)):
         statuses = [post(client, event_payload(name)).status_code for name in "abcd"]
         assert statuses == [202, 202, 202, 503]
@@ -1253,6 +1254,7 @@ def test_a_full_spool_takes_no_more(app, client, monkeypatch, log):
 
 def test_the_spool_leaves_some_of_the_disk_free(app, client, monkeypatch):
     monkeypatch.setattr(collector, "SPOOL_FREE_BYTES", 2**62)
+    monkeypatch.setattr(collector, "WAIT_SECONDS", 0.05)
     with locked(database_path(app)):
         reply = post(client, event_payload())
     assert (reply.status_code, "less than 64 MB" in reply.json["error"]) == (503, True)
@@ -1877,6 +1879,7 @@ def test_what_comes_in_during_a_restore_is_spooled(make_app, backup, monkeypatch
         statuses.append(post(client, payload).status_code)
 
     monkeypatch.setattr(collector, "copy_database", copy_and_deliver)
+    monkeypatch.setattr(collector, "WAIT_SECONDS", 0.05)
     assert run(make_app(), "restore", backup, "--yes")[0] == 0
     maintain(worker)
     assert statuses == [201, 202]  # the first was copied yet, the second came too late for that
