@@ -86,6 +86,7 @@ class Checkout(Server):
         (folder / ".venv").symlink_to(Path(sys.executable).parent.parent)
         super().__init__(folder)
         del self.env["DATABASE_URL"], self.env["PYTHONPATH"]
+        self.env.pop("PYTHONDONTWRITEBYTECODE", None)  # each command would compile the module anew
 
     def command(self, text):
         """Return the arguments and options that run a text of the README in this checkout."""

@@ -296,6 +296,10 @@ def test_kill_9_while_spooling_beside_a_corrupt_file_loses_nothing_acknowledged(
     assert senders.statuses() <= {None, 202} and len(senders.acknowledged()) > 20
     assert server.get("/config")["spooled"] >= len(senders.acknowledged())
     database.unlink()
+    for pid in workers(
+        server
+    ):  # the next ones have not met the corrupt file, after which they wait
+        os.kill(pid, signal.SIGKILL)
     wait_for_empty_spool(server)
     assert_all_there(server, senders)
     entered = list(read_all(server))
@@ -459,7 +463,7 @@ def test_a_database_of_1_0_0_is_changed_while_deliveries_come_in(make_server, tm
     path = tmp_path / "server" / "data" / "errors.db"
     path.parent.mkdir(parents=True)
     columns = "received_at, timestamp, event_id, title, payload_bytes, payload"
-    fill = f"""WITH RECURSIVE numbers(n) AS (VALUES (1) UNION ALL SELECT n + 1 FROM numbers LIMIT 20000)
+    fill = f"""WITH RECURSIVE numbers(n) AS (VALUES (1) UNION ALL SELECT n + 1 FROM numbers LIMIT 5000)
         INSERT INTO errors ({columns})
         SELECT '{AT}', '{AT}', printf('old%d', n), 'old error', 12, '{{"event":{{}}}}' FROM numbers"""
     with contextlib.closing(sqlite3.connect(path)) as connection:
@@ -482,7 +486,7 @@ def test_a_database_of_1_0_0_is_changed_while_deliveries_come_in(make_server, tm
     assert {event_id: errors[event_id][1] for event_id in acknowledged} == acknowledged
     with contextlib.closing(sqlite3.connect(path)) as connection:
         stored = connection.execute("SELECT count(*) FROM errors").fetchone()[0]
-    assert stored >= 20_005 + len(acknowledged)
+    assert stored >= 5005 + len(acknowledged)
 
 
 def test_a_restore_under_load_loses_nothing_and_uses_no_id_twice(make_server, tmp_path):
@@ -781,12 +785,12 @@ def test_no_webhook_waits_for_an_export_a_search_a_backup_or_a_shell(full, tmp_p
 
 def test_no_webhook_waits_for_what_a_long_read_has_left_to_do(make_server):
     server = make_server()
-    source, wal = random.Random(1), Path(f"{database_of(server)}-wal")
+    wal = Path(f"{database_of(server)}-wal")
     with contextlib.closing(sqlite3.connect(database_of(server), isolation_level=None)) as shell:
         shell.execute("BEGIN")
         shell.execute("SELECT count(*) FROM errors").fetchone()
-        for number in range(60):
-            assert server.deliver(numbered(number, extra=source.randbytes(300_000).hex()))[0] == 201
+        with contextlib.closing(sqlite3.connect(database_of(server))) as other:
+            other.execute("CREATE TABLE written AS SELECT zeroblob(17 * 1024 * 1024)")
     grown = wal.stat().st_size
     assert grown > 16 * 1024 * 1024  # what is kept of it
     with Senders(server, count=2) as senders:
