@@ -224,8 +224,32 @@ def wait_for(condition, seconds=10):
     raise AssertionError(f"not within {seconds} s: {condition}")
 
 
+def stand_by():
+    """Return a process that waits to be told which gunicorn it is, and ends with the tests."""
+    return subprocess.Popen(
+        [sys.executable, ROOT / "tests" / "standby.py"],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.DEVNULL,
+        text=True,
+        start_new_session=True,
+    )
+
+
+standbys = []  # the one that is to be the next gunicorn
+
+
+def start_gunicorn(folder, log, env, *arguments):
+    """Return the process of a gunicorn that runs in `folder` and whose output goes to the file `log`."""
+    order = {"folder": str(folder), "log": str(log), "env": env, "arguments": arguments}
+    process = standbys.pop() if standbys else stand_by()
+    process.stdin.write(f"{json.dumps(order)}\n")
+    process.stdin.close()
+    standbys.append(stand_by())
+    return process
+
+
 class Server:
-    """A real gunicorn, started as the README says, in a process group of its own."""
+    """A real gunicorn with the settings of the README, in a process group of its own."""
 
     def __init__(self, folder, **env):
         with socket.socket() as probe:
@@ -244,24 +268,10 @@ class Server:
 
     def start(self, *arguments, app="served:app", wait=True):
         """Start gunicorn in self.folder, where no developer's .env is; its output goes to self.log."""
-        command = [
-            sys.executable,
-            "-m",
-            "gunicorn",
-            "--config",
-            str(ROOT / "gunicorn.conf.py"),
-            *arguments,
-            app,
-        ]
-        with self.log.open("ab") as log:
-            self.process = subprocess.Popen(
-                command,
-                cwd=self.folder,
-                env=self.env,
-                stdout=log,
-                stderr=log,
-                start_new_session=True,
-            )
+        config = ROOT / "gunicorn.conf.py"
+        self.process = start_gunicorn(
+            self.folder, self.log, self.env, "--config", str(config), *arguments, app
+        )
         if wait:
             wait_for(self.is_up, 20)
         return self
