@@ -238,6 +238,13 @@ def stand_by():
 standbys = []  # the one that is to be the next gunicorn
 
 
+def pytest_sessionfinish():
+    """End the process that is to be no gunicorn any more."""
+    for process in standbys:
+        process.stdin.close()
+        process.wait()
+
+
 def start_gunicorn(folder, log, env, *arguments):
     """Return the process of a gunicorn that runs in `folder` and whose output goes to the file `log`."""
     order = {"folder": str(folder), "log": str(log), "env": env, "arguments": arguments}

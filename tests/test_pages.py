@@ -959,9 +959,9 @@ def test_hostile_text_in_every_field_stays_text(browser, hostile):
     ("path", "step"),
     [
         ("/errors?q={0}&project={1}&environment={2}", 3),
-        ("/errors?since={0}", 6),
-        ("/errors?{0}={1}&x={2}", 6),
-        ("/{0}/{1}/{2}", 6),
+        ("/errors?since={0}{1}{2}", 7),
+        ("/errors?{0}={1}&x={2}", 7),
+        ("/{0}/{1}/{2}", 7),
     ],
 )
 def test_hostile_requests_get_harmless_pages(browser, hostile, path, step):
@@ -975,8 +975,7 @@ def test_hostile_requests_get_harmless_pages(browser, hostile, path, step):
 def test_hostile_text_gives_the_policy_no_cause_to_complain(browser, hostile, path):
     url = root(hostile) + path
     assert disarmed(browser, url) == harmless(url)
-    for width, scheme in WINDOWS:
-        assert inspect(browser, url, width, scheme) == sound(url)
+    assert inspect(browser, url, *WINDOWS[0]) == sound(url)
 
 
 def test_the_policy_lets_nothing_run_or_load(browser, hostile):
