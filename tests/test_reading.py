@@ -1496,6 +1496,23 @@ def hostile_event(words):
     return {"action": "created", "data": data}
 
 
+@pytest.mark.parametrize(
+    "event",
+    [
+        {"user": {}},
+        {"user": {"id": None}},
+        {"breadcrumbs": [{}]},
+        {"request": {"headers": []}},
+        {"tags": [["browser", ""]]},
+        {"extra": {"cart": None}},
+    ],
+)
+def test_the_text_has_no_section_for_what_says_nothing(client, event):
+    post(client, event_payload(**event))
+    text = client.get("/errors/1?format=text").text
+    assert text.endswith("the SDK that reported this sent none.\n"), text
+
+
 @pytest.mark.parametrize("words", FORGERIES, ids=range(len(FORGERIES)))
 def test_no_text_of_an_error_passes_for_a_line_of_ours_or_moves_a_cursor(client, words):
     text = text_of(client, hostile_event(words))
