@@ -20,7 +20,7 @@ if not os.environ.get("CI"):  # there it must not be missing
 from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 
-EXAMPLES = 30 if os.environ.get("CI") else 25
+EXAMPLES = int(os.environ.get("EXAMPLES") or 20)
 HURRIED = {
     "deadline": None,
     "database": None,
