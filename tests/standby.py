@@ -7,10 +7,10 @@ import sys
 
 import flask  # noqa: F401 (but not gunicorn, whose defaults are of the environment it is imported in)
 
-order = sys.stdin.readline()  # as start_gunicorn writes it
-if not order:  # the tests are over
+line = sys.stdin.readline()  # as start_gunicorn writes it
+if not line:  # the tests are over
     sys.exit()
-order = json.loads(order)
+order = json.loads(line)
 os.chdir(order["folder"])
 os.environ.clear()
 os.environ.update(order["env"])

@@ -296,9 +296,8 @@ def test_kill_9_while_spooling_beside_a_corrupt_file_loses_nothing_acknowledged(
     assert senders.statuses() <= {None, 202} and len(senders.acknowledged()) > 20
     assert server.get("/config")["spooled"] >= len(senders.acknowledged())
     database.unlink()
-    for pid in workers(
-        server
-    ):  # the next ones have not met the corrupt file, after which they wait
+    # These have met the corrupt file, and leave the database alone for a while.
+    for pid in workers(server):
         os.kill(pid, signal.SIGKILL)
     wait_for_empty_spool(server)
     assert_all_there(server, senders)
