@@ -2035,6 +2035,11 @@ def check_backup(path):
         raise ValueError(f"{path} is no database of the collector ({error})") from None
 
 
+def find_largest(sql, connections):
+    """Return the largest of the numbers that a query finds in several databases."""
+    return max(connection.execute(sql).fetchone()[0] for connection in connections)
+
+
 def restore(database, file):
     """Replace the content of the live database by that of `file`.
 
@@ -2058,8 +2063,8 @@ def restore(database, file):
             copy_database(live, replaced)
             sequence = "SELECT coalesce(max(seq), 0) FROM sqlite_sequence WHERE name = 'errors'"
             both = live, copy.connection()
-            last_id = max(connection.execute(sequence).fetchone()[0] for connection in both)
-            deletions = max(select_extent(connection)[-1] for connection in both)
+            last_id = find_largest(sequence, both)
+            deletions = find_largest("SELECT deletions FROM search_progress", both)
             copy.connection().execute("DELETE FROM sqlite_sequence WHERE name = 'errors'")
             copy.connection().execute(
                 "INSERT INTO sqlite_sequence VALUES ('errors', ?)", (last_id,)
