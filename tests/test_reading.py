@@ -1496,6 +1496,12 @@ def hostile_event(words):
     return {"action": "created", "data": data}
 
 
+def test_the_text_shows_a_request_that_has_only_a_body_of_nought(client):
+    post(client, event_payload(request={"data": 0}))
+    text = client.get("/errors/1?format=text").text
+    assert text.endswith("\n\nrequest:\n  body: 0\n"), text
+
+
 @pytest.mark.parametrize(
     "event",
     [
