@@ -224,35 +224,40 @@ def wait_for(condition, seconds=10):
     raise AssertionError(f"not within {seconds} s: {condition}")
 
 
+gunicorns = []  # all processes of gunicorns; the last is to be the next one
+
+
 def stand_by():
-    """Return a process that waits to be told which gunicorn it is, and ends with the tests."""
-    return subprocess.Popen(
+    """Start a process that waits to be told which gunicorn it is."""
+    process = subprocess.Popen(
         [sys.executable, ROOT / "tests" / "standby.py"],
         stdin=subprocess.PIPE,
         stdout=subprocess.DEVNULL,
         text=True,
         start_new_session=True,
     )
-
-
-standbys = []  # the one that is to be the next gunicorn
-
-
-def pytest_sessionfinish():
-    """End the process that is to be no gunicorn any more."""
-    for process in standbys:
-        process.stdin.close()
-        process.wait()
+    gunicorns.append(process)
 
 
 def start_gunicorn(folder, log, env, *arguments):
     """Return the process of a gunicorn that runs in `folder` and whose output goes to the file `log`."""
     order = {"folder": str(folder), "log": str(log), "env": env, "arguments": arguments}
-    process = standbys.pop() if standbys else stand_by()
+    if not gunicorns:
+        stand_by()
+    process = gunicorns[-1]
     process.stdin.write(f"{json.dumps(order)}\n")
     process.stdin.close()
-    standbys.append(stand_by())
+    stand_by()
     return process
+
+
+def pytest_sessionfinish():
+    """End the process that waits, and what a test has left whose server did not come up."""
+    for process in gunicorns:
+        process.stdin.close()
+        if process.poll() is None:
+            os.killpg(process.pid, signal.SIGKILL)
+            process.wait()
 
 
 class Server:
