@@ -3046,7 +3046,15 @@ def whole_link(path):
         return link(path)
     # Werkzeug takes a host with an underscore, as compose services may have, for none.
     host = re.sub(r"[^\w.:\[\]-]", "", request.headers.get("Host", "localhost"))
-    return f"{request.scheme}://{host}{request.script_root}{path}"
+    return f"{scheme()}://{host}{request.script_root}{path}"
+
+
+def scheme():
+    """Return http or https, as the nearest proxy says, else as the request came."""
+    sent = request.headers.get("X-Forwarded-Proto", "").rpartition(",")[2].strip().lower()
+    if sent in ("http", "https"):
+        return sent
+    return request.scheme
 
 
 def choose_form(*forms):
@@ -3167,7 +3175,7 @@ def answer(form, state, render, next_page=None):
 
     `state` is what tells the reply from others of the same address and form.
     """
-    address = [request.headers.get("Host"), request.scheme, link(request.full_path)]
+    address = [request.headers.get("Host"), scheme(), link(request.full_path)]
     parts = as_json([STAMP, form, *address, *state])
     etag = hashlib.sha256(parts.encode()).hexdigest()[:32]
     if request.if_none_match.contains_weak(etag):

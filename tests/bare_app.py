@@ -20,7 +20,6 @@ maintained = []
 for name in (
     "REQUEST_SECONDS",
     "PART_SECONDS",
-    "READER_SECONDS",
     "YOUNG_SECONDS",
     "IDLE_SECONDS",
     "STOPPING_SECONDS",
@@ -53,6 +52,11 @@ def maintain():
     """Note that it was called, and ask to be called again at once for the first thousand times."""
     maintained.append(time.monotonic())
     return len(maintained) < 1000
+
+
+def when_ready(server):
+    """Leave lines about broken requests out of the log, as gunicorn.conf.py does."""
+    server.log.error_log.addFilter(lambda line: not str(line.msg).startswith("Invalid request"))
 
 
 def post_worker_init(worker):

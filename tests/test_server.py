@@ -857,3 +857,32 @@ def test_a_bad_setting_stops_the_start_with_one_line(make_server, tmp_path):
         assert line.startswith(f"{name}: ")
         assert fault in line
         assert "secret" not in log
+
+
+# Proxies and browsers before it
+
+
+def test_no_header_of_a_proxy_refuses_a_delivery_and_its_last_scheme_is_that_of_links(make_server):
+    server = make_server()
+    hostile = {"X-Forwarded-Protocol": "https", "X-Forwarded-Ssl": "off"}
+    for number, (sent, scheme) in enumerate(
+        [("https,http", "http"), ("http, HTTPS", "https"), ("https", "https"), ("gopher", "http")]
+    ):
+        headers = hostile | {"X-Forwarded-Proto": sent}
+        status, _ = server.deliver(event_payload(f"{number:032}"), headers)
+        assert status == 201
+        address = server.get("/", **headers)["connect"]["webhook_url"]
+        assert address == f"{scheme}://127.0.0.1:{server.port}/sentry/webhook"
+
+
+def test_a_page_does_not_wait_for_the_spare_connections_of_browsers(make_server):
+    server = make_server(WEB_CONCURRENCY="1")
+    seconds = []
+    for _ in range(5):
+        spare = [socket.create_connection(("127.0.0.1", server.port)) for _ in range(8)]
+        started = time.monotonic()
+        assert server.request("GET", "/config")[0] == 200
+        seconds.append(time.monotonic() - started)
+        for connection in spare:
+            connection.close()
+    assert min(seconds) < 0.9  # a worker that holds one of them waits for a second

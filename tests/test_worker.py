@@ -5,7 +5,6 @@ import http.client
 import json
 import os
 import re
-import resource
 import signal
 import socket
 import struct
@@ -270,9 +269,7 @@ def test_no_post_waits_for_all_of_them_at_once(shared):
 
 
 def test_clients_that_send_or_take_nothing_are_dropped_after_some_seconds(make_server):
-    server = make_server(
-        WEB_CONCURRENCY="2", REQUEST_SECONDS="0.5", PART_SECONDS="0.5", READER_SECONDS="10"
-    )
+    server = make_server(WEB_CONCURRENCY="2", REQUEST_SECONDS="0.5", PART_SECONDS="0.5")
     workers = server.workers()
     sip = server.connect(get("/export?mb=20"), receive=4096)
     assert sip.recv(1)
@@ -303,16 +300,6 @@ def test_of_too_many_requests_the_oldest_is_dropped_and_of_too_large_ones_the_la
     assert reply_of(large[0])["length"] == sizes[0] + 9
 
 
-def test_a_worker_with_few_files_goes_on(make_server):
-    server = make_server(WEB_CONCURRENCY="1")
-    resource.prlimit(int(server.workers()[0]), resource.RLIMIT_NOFILE, (40, 40))
-    workers = server.workers()
-    for _ in range(100):
-        half_sent(server)
-    assert slowest_post(server) < SLOW
-    assert_unharmed(server, workers)
-
-
 # Requests of every kind
 
 
@@ -328,9 +315,7 @@ def test_bodies_of_every_size_arrive_whole_in_whatever_pieces(shared, size):
     assert reply_of(connection)["length"] == size
 
 
-@pytest.mark.parametrize(
-    "end", [b"0\r\n\r\n", b"000;a=b\r\n\r\n", b"0\r\nX: y\r\nZ: y\r\n\r\n", b"0\r\n\r\nGET / HTTP"]
-)
+@pytest.mark.parametrize("end", [b"0\r\n\r\n", b"000;a=b\r\n\r\n", b"0\r\nX: y\r\nZ: y\r\n\r\n"])
 def test_a_chunked_post_is_taken_like_any_other(shared, end):
     chunk = b"8;name=value\r\n\r\n0\r\n\r\n!\r\n"
     assert shared.ask(CHUNKED + chunk * 3 + end)["length"] == 24
@@ -413,7 +398,7 @@ def begin(server, request):
 
 
 def test_readers_leave_a_worker_to_posts_and_one_who_waits_in_vain_is_told(make_server, tmp_path):
-    server = make_server("--timeout", "60", READER_SECONDS="0.5")
+    server = make_server("--timeout", "60", REQUEST_SECONDS="0.5")
     readers = [begin(server, get("/page?until=over")) for _ in range(3)]
     late = server.connect(get("/page"))
     assert slowest_post(server, 4) < SLOW
@@ -422,7 +407,7 @@ def test_readers_leave_a_worker_to_posts_and_one_who_waits_in_vain_is_told(make_
     response.begin()
     assert (response.status, response.headers["Retry-After"]) == (503, "1")
     assert "WEB_CONCURRENCY" in json.loads(response.read())["error"]
-    assert "a reader waited in vain" in server.log.read_text()
+    assert "waited too long for readers" in server.log.read_text()
     (tmp_path / "over").touch()
     assert len({reply_of(reader)["pid"] for reader in readers}) == 3
     server.ask(get("/page"))
