@@ -184,14 +184,6 @@ def test_a_folder_that_cannot_be_written_stops_the_start_and_is_a_fault(path, po
     assert (doctor.returncode, f"cannot write {path.parent}, " in fault) == (1, True), fault
 
 
-def test_a_port_in_use_stops_the_start_with_one_line(server, tmp_path):
-    other = Server(tmp_path / "other", PORT=str(server.port))
-    other.start(wait=False)
-    assert other.process.wait(20) == 1
-    (line,) = [line for line in other.log.read_text().splitlines() if not line.startswith("[")]
-    assert line.startswith(f"PORT: cannot listen on port {server.port} (Address already in use)")
-
-
 def test_an_old_python_is_told_which_it_needs():
     pythons = [shutil.which("python3.10"), *Path.home().glob(".pyenv/versions/3.10*/bin/python")]
     program = pythons[-1]
