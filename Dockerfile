@@ -18,4 +18,5 @@ EXPOSE 8000
 ENTRYPOINT ["./entrypoint.sh"]
 CMD ["gunicorn"]
 
-HEALTHCHECK --interval=30s --timeout=5s --start-period=10s CMD ["flask", "--app", "collector", "health"]
+HEALTHCHECK --interval=30s --timeout=5s --start-period=10s CMD ["python", "-c", "import os, urllib.request as r; \
+    r.build_opener(r.ProxyHandler({})).open(f'http://127.0.0.1:{os.environ.get(\"PORT\") or 8000}/health', timeout=4)"]

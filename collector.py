@@ -1,4 +1,10 @@
-"""Receive Sentry's webhooks, keep every new error, and give the latest one back."""
+"""Receive Sentry's webhooks, keep every new error, and give the latest one back.
+
+Parsing makes a row and a detail of a payload. Storage keeps rows, bodies and spooled deliveries.
+Intake is the one way in. Presentation makes every shape that goes out. Web has the routes, Wiring
+the settings and the app. To know the house, read `receive_webhook`, `Store.keep`, `insert`,
+`parse_error`, `show` and `create_app`.
+"""
 
 import sys
 
@@ -6,42 +12,39 @@ if sys.version_info < (3, 11):  # noqa: UP036
     sys.exit(f"The collector needs Python 3.11 or newer, this is {sys.version.split()[0]}.")
 
 import base64
-import codecs
 import errno
 import fcntl
+import functools
 import gc
 import hashlib
 import hmac
-import http.client
 import json
 import logging
 import math
 import os
 import re
 import sqlite3
-import string
-import threading
+import tempfile
 import time
-import unicodedata
-import uuid
 import zlib
-from collections import Counter, deque
+from collections import deque, namedtuple
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing, contextmanager, suppress
 from datetime import UTC, datetime, timedelta
 from itertools import islice
 from pathlib import Path
-from urllib.parse import parse_qsl, urlencode
+from urllib.parse import urlencode
 
 import click
 from dotenv import dotenv_values
 from flask import Blueprint, Flask, Response, current_app, g, render_template, request
 from markupsafe import Markup, escape
+from werkzeug.datastructures import MIMEAccept
 from werkzeug.exceptions import HTTPException, abort
 from werkzeug.sansio.utils import host_is_trusted
 
-VERSION = "2.0.0"
-log = logging.getLogger("collector")
+VERSION = "3.0.0"
+log = logging.getLogger("gunicorn.error")
 
 
 # --------------------------------------------------------------------------------------------------
@@ -98,16 +101,12 @@ MEMBER = re.compile(
 
 
 class Refused(Exception):
-    """A delivery is not taken.
+    """A delivery is not taken, for a reason that REASONS tells; `detail` is put into its words."""
 
-    `status` is the HTTP status, `reason` the name it is counted under, `words` are for its sender.
-    """
-
-    def __init__(self, status, reason, words):
-        super().__init__(words)
-        self.status = status
+    def __init__(self, reason, detail=""):
+        super().__init__(reason)
         self.reason = reason
-        self.words = words
+        self.detail = detail
 
 
 def refuse_constant(name):
@@ -117,8 +116,6 @@ def refuse_constant(name):
 
 # Made once, because json.loads makes one for each call that has an option.
 DECODER = json.JSONDecoder(parse_constant=refuse_constant)
-GZIP_START = b"\x1f\x8b"
-BYTE_ORDER_MARKS = (codecs.BOM_UTF8, codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE, codecs.BOM_UTF32_BE)
 
 
 @contextmanager
@@ -133,33 +130,20 @@ def uncollected():
 
 def parse_body(body):
     """Return the delivery, a dict, in `body` (bytes). Raises Refused for anything else."""
-    if body.startswith(GZIP_START):
-        words = "The body is compressed with gzip; have it sent as it is, Sentry does not compress."
-        raise Refused(400, "gzip", words)
-    if body.startswith(BYTE_ORDER_MARKS):
-        words = "The body starts with a byte order mark; send JSON text encoded as UTF-8 without."
-        raise Refused(400, "byte order mark", words)
     try:
         # Decoded first, because json.loads would guess UTF-16 and UTF-32 from bytes.
         with uncollected():
-            payload = DECODER.decode(body.decode("utf-8"))
+            payload = DECODER.decode(body.decode("utf-8-sig"))
     except UnicodeDecodeError:
-        words = "The body is not UTF-8; send JSON text encoded as UTF-8."
-        raise Refused(400, "not UTF-8", words) from None
+        raise Refused("not UTF-8") from None
     except RecursionError:
-        words = "The JSON is nested too deeply; send what Sentry sends."
-        raise Refused(400, "not JSON", words) from None
+        raise Refused("not JSON", "it is nested too deeply") from None
     except ValueError as error:
-        words = f"The body is not JSON ({error}); send a JSON object."
-        raise Refused(400, "not JSON", words) from None
+        raise Refused("not JSON", error) from None
     if not isinstance(payload, dict):
-        words = "The JSON is not an object; send one with 'action' and 'data'."
-        raise Refused(400, "no object", words)
+        raise Refused("no object")
     if not text(payload.get("action")) and not isinstance(payload.get("event"), dict):
-        words = (
-            "The JSON has neither an 'action' nor a legacy 'event'; send only Sentry's webhooks."
-        )
-        raise Refused(400, "no delivery", words)
+        raise Refused("no delivery")
     return payload
 
 
@@ -647,6 +631,18 @@ def parse_error(payload, resource, received_at):
     return row
 
 
+def identity(row, body):
+    """Return the text by which a delivery's row is known to be of the same error as another."""
+    is_usual = row["action"] in (None, "created", "triggered")
+    server = row["server"] or ""
+    if is_usual and row["event_id"]:
+        # The event id first, because the index finds it so.
+        return f"{row['event_id']} {server} {row['project_id'] or row['project_slug'] or ''}"
+    if is_usual and row["issue_id"]:
+        return f"issue {row['issue_id']} {server}"
+    return hashlib.sha256(body).hexdigest()[:32]
+
+
 def parse_line(value, column=None):
     """Return a source line as clean text, which is empty for anything else than text.
 
@@ -926,8 +922,62 @@ def parse_detail(payload):
     }
 
 
+def parse_clues(payload):
+    """Return what else explains a crash, for people: the JSON of an error has none of it.
+
+    `omitted` and `signals` have an item for each exception of the detail.
+    """
+    event = find_error(payload)["event"]
+    shown, _ = parse_exceptions(event, {})
+    sent = find_exceptions(event)[-EXCEPTIONS:]
+    omitted = [None] * (len(shown) - len(sent))
+    signals = [None] * (len(shown) - len(sent))
+    for exception in sent:
+        cut_out = as_list(as_dict(exception.get("stacktrace")).get("frames_omitted"))
+        omitted.append(cut_out[:2] if len(cut_out) == 2 else None)
+        meta = as_dict(as_dict(exception.get("mechanism")).get("meta"))
+        names = (as_dict(meta.get(key)).get("name") for key in ("signal", "mach_exception"))
+        signals.append(first(map(text, names)))
+    template = event.get("template")
+    return {
+        "errors": [
+            parse_words(item, "type", "name", "value") for item in objects(event.get("errors"))
+        ],
+        "omitted": omitted,
+        "signals": signals,
+        "template": parse_template(template) if isinstance(template, dict) else None,
+        "locks": parse_locks(event),
+        "evidence": parse_evidence(payload),
+    }
+
+
+def parse_words(value, *keys):
+    """Return some values of a dict as text."""
+    return {key: text(value.get(key)) for key in keys}
+
+
+def parse_template(template):
+    """Return the place in a template that an old SDK of Django names."""
+    place = parse_words(template, "filename", "context_line")
+    return place | {"lineno": integer(template.get("lineno"))}
+
+
+def parse_locks(event):
+    """Return the threads that hold locks, with the newest frame of each."""
+    locks = []
+    for thread in find_list(event, "threads"):
+        held = as_dict(thread.get("held_locks"))
+        if held:
+            frames = parse_frames(thread, new_room())
+            own = [frame for frame in frames if frame["in_app"]] or frames or [None]
+            words = [as_text(lock) for lock in held.values()]
+            named = parse_words(thread, "name", "state")
+            locks.append(named | {"locks": words, "frame": own[-1]})
+    return locks
+
+
 # --------------------------------------------------------------------------------------------------
-# Storage: all SQL and all files are here; knows no payload shapes
+# Storage: all SQL and all files; knows no payload shapes
 # --------------------------------------------------------------------------------------------------
 
 # Columns of an error, in the order of the JSON keys.
@@ -936,25 +986,48 @@ COLUMNS = (
     "level status platform logger environment release project_id project_slug project_name "
     "exception_type exception_value permalink rule server category"
 ).split()
-SCHEMA_VERSION = 2  # version of the database that this code reads and writes
+SCHEMA_VERSION = 3  # version of the database that this code reads and writes
 WAIT_SECONDS = 0.5  # longest wait of a delivery for the turn and the database's lock together
 PAUSE_SECONDS = 2  # time for which a worker leaves a database alone that it could not write
-READ_SECONDS = 0.5  # longest time for the queries of one page, or of one part of an export
-STEP_SECONDS = 0.05  # longest time of one step of maintenance
+READ_SECONDS = 0.5  # longest time of one read
+LIST_SECONDS = 0.3  # time after which a list replies with what it has
+PERIOD_SECONDS = 0.1  # longest search for the ids of a period
 LOCAL_FILE_SYSTEMS = (
     "bcachefs btrfs ext2 ext3 ext4 f2fs jfs overlay ramfs reiserfs tmpfs xfs zfs".split()
 )
-LONG_WAL_PAGES = 4096  # pages of a WAL that is worth cutting
-CHECKPOINT_TRANSACTIONS = 50  # transactions of a worker after which it moves the WAL into the file
-SPOOL_BATCH = 50  # spooled deliveries that are stored in one transaction
-SPOOL_BATCH_BYTES = 1024 * 1024  # bytes of their compressed bodies, after which a batch is full
+PRAGMAS = (
+    "synchronous = FULL",
+    "temp_store = MEMORY",  # a read-only root has no folder for temporary files
+    "journal_size_limit = 16777216",
+    "secure_delete = FAST",  # Debian's default writes zeros over every page that a deletion frees
+)
+FIRST_BLOCK = 8  # rows that a walk looks at in any case
+LARGEST_BLOCK = 2048
+PAGE_CHARACTERS = 600_000  # most text of a page, a character of which JSON makes up to twelve bytes
+RESERVE_BYTES = 64 * 1024 * 1024  # bytes of the disk that deliveries leave free for retention
 SPOOL_LIMIT = 100_000  # deliveries in the spool
-SPOOL_NEARLY_FULL = 0.9  # share of it from which on the log says so
-SPOOL_FREE_BYTES = 64 * 1024 * 1024  # bytes of the disk that the spool leaves free
-INDEX_BATCH = 200  # errors that are added to the search index in one transaction
-DELETE_BATCH = 50  # expired errors that are deleted in one transaction
-PAGE_CHARACTERS = 600_000  # most characters of a page, of which JSON makes up to twelve bytes each
-DELIVERY_DAYS = 90  # days for which the counts of deliveries are kept apart by their time
+DELETE_ROWS = 20  # most expired errors that are deleted in one transaction
+LEVELS = "fatal", "error", "warning", "info", "debug", "sample"  # levels that Sentry knows
+MINUTES = {"m": 1, "h": 60, "d": 1440, "w": 10080}
+# Errors of what the database was given, which make no trouble for what comes next.
+GIVEN_FAULTS = sqlite3.IntegrityError, sqlite3.DataError, sqlite3.ProgrammingError
+RESTORE_CURE = "stop the service and put a backup in its place, without the files -wal and -shm"
+WRITE_CURE = "make the folder and its files writable for the collector's user"
+CURES = {
+    "BUSY": "end the program that holds its lock, or wait for it",
+    "FULL": "free space on the disk",
+    "ENOSPC": "free space on the disk",
+    "CORRUPT": RESTORE_CURE,
+    "NOTADB": RESTORE_CURE,
+    "READONLY": WRITE_CURE,
+    "CANTOPEN": WRITE_CURE,
+    "EACCES": WRITE_CURE,
+    "EROFS": WRITE_CURE,
+}
+
+
+class DiskFull(OSError):
+    """Only the reserve of the disk is left, into which nothing but retention may write."""
 
 
 def in_microseconds(when):
@@ -967,55 +1040,42 @@ def now(**ago):
     return in_microseconds(datetime.now(UTC) - timedelta(**ago))
 
 
-def choose_journal_mode(folder, mounts=Path("/proc/self/mountinfo")):
-    """Return WAL for a folder on a local file system, else PERSIST: over a network WAL corrupts."""
-    folder = os.fsencode(os.path.realpath(folder))
-    longest = -1
-    file_system = None
-    try:
-        lines = mounts.read_bytes().splitlines()
-    except OSError:
-        lines = []
-    for line in lines:
-        mount_fields, _, type_fields = line.partition(b" - ")
-        escaped = mount_fields.split(b" ")[4]
-        mount = re.sub(rb"\\([0-7]{3})", lambda octal: bytes([int(octal[1], 8)]), escaped)
-        is_above = os.path.commonpath((folder, mount)) == mount
-        if is_above and len(mount) >= longest:
-            longest = len(mount)
-            file_system = type_fields.split(b" ")[0].decode()
-    if file_system in LOCAL_FILE_SYSTEMS:
-        return "WAL"
-    return "PERSIST"
-
-
-def busy_error(words):
-    """Return the error that SQLite would raise for a lock that another process holds."""
-    error = sqlite3.OperationalError(words)
-    error.sqlite_errorcode = sqlite3.SQLITE_BUSY
-    return error
-
-
-def primary_code(error):
-    """Return SQLite's code of an error, without what the extended codes add, or 0."""
-    return getattr(error, "sqlite_errorcode", 0) & 0xFF
+def kind_of(error):
+    """Return the name that SQLite or the system has for an error, such as BUSY or ENOSPC."""
+    if isinstance(error, OSError):
+        return errno.errorcode.get(error.errno, "")
+    return getattr(error, "sqlite_errorname", "SQLITE_").split("_")[1]
 
 
 def is_busy(error):
     """Return True if an attempt failed only because another process holds a lock."""
-    return primary_code(error) in (sqlite3.SQLITE_BUSY, sqlite3.SQLITE_LOCKED)
+    return kind_of(error) in ("BUSY", "LOCKED")
 
 
 def is_interrupted(error):
     """Return True if a query was ended because it took too long."""
-    return primary_code(error) == sqlite3.SQLITE_INTERRUPT
+    return kind_of(error) == "INTERRUPT"
 
 
-def read_steps():
-    """Return the steps of schema.sql, SQL by version."""
-    sql = Path(__file__).with_name("schema.sql").read_text(encoding="utf-8")
-    parts = re.split(r"^-- Version ([0-9]+).*$", sql, flags=re.MULTILINE)
-    return {int(version): step for version, step in zip(parts[1::2], parts[2::2], strict=True)}
+def cure_of(error):
+    """Return what to do about an error of the database or its disk."""
+    return CURES.get(kind_of(error), "see the log")
+
+
+def choose_journal_mode(folder):
+    """Return WAL for a folder on a local file system, else PERSIST: over a network WAL corrupts."""
+    folder = Path(os.path.realpath(folder))
+    types = {}  # of file systems, by where they are mounted
+    with suppress(OSError):
+        for line in Path("/proc/self/mountinfo").read_bytes().splitlines():
+            mount_fields, _, type_fields = line.partition(b" - ")
+            escaped = mount_fields.split(b" ")[4]
+            mount = re.sub(rb"\\([0-7]{3})", lambda octal: bytes([int(octal[1], 8)]), escaped)
+            types[os.fsdecode(mount)] = type_fields.split(b" ")[0].decode()
+    for path in (folder, *folder.parents):
+        if str(path) in types:
+            return "WAL" if types[str(path)] in LOCAL_FILE_SYSTEMS else "PERSIST"
+    return "PERSIST"
 
 
 class Database:
@@ -1024,109 +1084,59 @@ class Database:
     def __init__(self, path):
         self.path = path
         self.journal_mode = choose_journal_mode(path.parent)
+        self.may_upgrade = True  # False in a worker of gunicorn, whose master has it done
         self.kept = None  # connection, opened on first use and so after the fork
-        self.busy_timeout = None  # milliseconds for which it waits for the locks of others
+        self.inode = None  # of the file that it has open
         self.lock = None  # file that writers lock
+        self.read_until = math.inf  # monotonic time at which the running query is ended
         self.paused_until = -math.inf  # monotonic time
         self.trouble = None  # error that made the pause
-        self.read_until = math.inf  # monotonic time at which the running query is ended
-        self.transactions = 0  # transactions since the last checkpoint
-        self.notify = lambda: None  # tells gunicorn that the worker is alive
 
     def connection(self):
         """Return the kept connection, its database at this code's version."""
         if self.kept is None:
-            self.kept = self.open()
-            self.busy_timeout = int(WAIT_SECONDS * 1000)
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+            connection = sqlite3.connect(self.path, timeout=WAIT_SECONDS, isolation_level=None)
+            try:
+                self.prepare(connection)
+                self.inode = os.stat(self.path).st_ino
+            except BaseException:
+                connection.close()
+                raise
+            self.kept = connection
         return self.kept
 
-    def reader(self):
-        """Return the kept connection for reads, which end after READ_SECONDS from now."""
-        connection = self.connection()
-        self.read_until = time.monotonic() + READ_SECONDS
-        return connection
-
-    def open(self):
-        """Return a new connection, after the steps that the database misses."""
-        self.path.parent.mkdir(parents=True, exist_ok=True)
-        connection = sqlite3.connect(self.path, timeout=WAIT_SECONDS, isolation_level=None)
-        try:
-            connection.row_factory = sqlite3.Row
-            connection.set_progress_handler(self.is_out_of_time, 10_000)
-            self.read_until = math.inf
-            self.prepare(connection)
-            connection.execute("PRAGMA synchronous = FULL")
-            # SQLite's own checkpoint would delay the reply to whoever comes next.
-            connection.execute("PRAGMA wal_autocheckpoint = 0")
-        except BaseException:
-            connection.close()
-            raise
-        return connection
-
-    def is_out_of_time(self):
-        """Return True if the running query has had its time."""
-        return time.monotonic() > self.read_until
-
     def prepare(self, connection):
-        """Bring the database to this code's version and journal mode. Leaves a newer one alone."""
-        version = self.version(connection)
-        mode = connection.execute("PRAGMA journal_mode").fetchone()[0]
-        if version == SCHEMA_VERSION and mode.upper() == self.journal_mode:
-            return
-        try:
-            with self.turn(time.monotonic() + WAIT_SECONDS):
-                connection.execute(f"PRAGMA journal_mode = {self.journal_mode}")
-                self.upgrade(connection)
-        except sqlite3.OperationalError as error:
-            if is_busy(error) and 0 < version < SCHEMA_VERSION:
-                change = f"from version {version} to {SCHEMA_VERSION}"
-                raise busy_error(
-                    f"its schema is being changed {change}, or waits for that"
-                ) from error
-            raise
-
-    def version(self, connection):
-        """Return the version of the database. Raises sqlite3.DatabaseError for a newer one."""
-        version = connection.execute("PRAGMA user_version").fetchone()[0]
-        if version > SCHEMA_VERSION:
-            raise sqlite3.DatabaseError(
-                f"it is of version {version}, made by a newer collector, and this one knows "
-                f"{SCHEMA_VERSION}; run the newer collector, or move it and the files beside it "
-                "away and restore a backup made before"
+        """Set up a connection, and its database if that is new, old or in another journal mode."""
+        connection.row_factory = sqlite3.Row
+        for pragma in PRAGMAS:
+            connection.execute(f"PRAGMA {pragma}")
+        version = read_version(connection)
+        if 0 < version < SCHEMA_VERSION and not self.may_upgrade:
+            raise sqlite3.OperationalError(
+                f"it is of version {version}; its upgrade to version {SCHEMA_VERSION} goes on, or "
+                "the log says why it failed"
             )
-        return version
+        mode = connection.execute("PRAGMA journal_mode").fetchone()[0]
+        if version < SCHEMA_VERSION or mode.upper() != self.journal_mode:
+            with self.turn(time.monotonic() + WAIT_SECONDS):
+                upgrade(connection)
+                connection.execute(f"PRAGMA journal_mode = {self.journal_mode}")
+        connection.set_progress_handler(lambda: time.monotonic() > self.read_until, 100)
 
-    def upgrade(self, connection):
-        """Apply the missing steps of the schema in one transaction. The caller has the turn."""
-        version = self.version(connection)  # once more: another worker may have done it
-        steps = [step for number, step in sorted(read_steps().items()) if number > version]
-        if not steps:
-            return
-        if version:
-            log.warning("changing the database from version %d to %d", version, SCHEMA_VERSION)
-        started = time.monotonic()
-        connection.create_function("server_of", 1, server_of, deterministic=True)
-        connection.create_function("body_digest", 2, digest, deterministic=True)
-        connection.create_function("body_category", 2, category_of, deterministic=True)
-        script = "\n".join(steps)
+    @contextmanager
+    def reader(self, seconds=READ_SECONDS):
+        """Yield the connection for reads, which are interrupted after so many seconds."""
+        connection = self.connection()
+        self.read_until = time.monotonic() + seconds
         try:
-            with alive(self.notify):
-                connection.executescript(
-                    f"BEGIN IMMEDIATE; {script}; PRAGMA user_version = {SCHEMA_VERSION}; COMMIT"
-                )
-                connection.execute("PRAGMA wal_checkpoint(TRUNCATE)").fetchall()
+            yield connection
         finally:
-            if connection.in_transaction:
-                connection.execute("ROLLBACK")
-        if version:
-            log.warning("changed the database in %.1f s", time.monotonic() - started)
+            self.read_until = math.inf
 
     @contextmanager
     def turn(self, deadline):
-        """Hold the lock that all writers of the collector take in the block.
-
-        Waits for it until `deadline`.
-        """
+        """Hold the lock that all writers of the collector take; wait for it until `deadline`."""
         if self.lock is None:
             # A file of its own: closing any other descriptor of the database drops SQLite's locks.
             self.lock = open(f"{self.path}.lock", "ab")
@@ -1136,7 +1146,9 @@ class Database:
                 break
             except BlockingIOError:
                 if time.monotonic() > deadline:
-                    raise busy_error("another process of the collector is writing") from None
+                    error = sqlite3.OperationalError("another process of the collector is writing")
+                    error.sqlite_errorname = "SQLITE_BUSY"
+                    raise error from None
             time.sleep(0.0003)
         try:
             yield
@@ -1144,46 +1156,43 @@ class Database:
             fcntl.flock(self.lock, fcntl.LOCK_UN)
 
     @contextmanager
-    def transaction(self, seconds=None):
-        """Run the block in a write transaction, in turn with all other writers, and commit it.
+    def transaction(self, seconds=WAIT_SECONDS):
+        """Yield the connection in a write transaction, in turn with all others, and commit it.
 
-        Yields the connection. Raises sqlite3.Error or OSError if the database cannot be written
-        within `seconds`, or WAIT_SECONDS. A worker that has waited for these in vain, or met
-        another fault, leaves the database alone for PAUSE_SECONDS, so that deliveries are spooled
-        at once.
+        Raises sqlite3.Error or OSError. After these a worker leaves the database alone for a while,
+        so that deliveries are spooled at once; maintenance, which waits 0 seconds, makes no pause.
         """
         if self.is_paused():
             raise self.trouble.with_traceback(None)
-        is_patient = seconds is None
-        deadline = time.monotonic() + (WAIT_SECONDS if is_patient else seconds)
+        deadline = time.monotonic() + seconds
         try:
             connection = self.connection()
-            self.read_until = math.inf
-            with self.turn(deadline):
-                self.wait_for_locks(deadline - time.monotonic())
+            with self.turn(deadline), self.patience(deadline - time.monotonic()):
                 connection.execute("BEGIN IMMEDIATE")
                 yield connection
                 connection.execute("COMMIT")
-                self.transactions += 1
+            if os.stat(self.path).st_ino != self.inode:
+                raise OSError("its file has been replaced")
+        except (*GIVEN_FAULTS, DiskFull):
+            raise
         except (sqlite3.Error, OSError) as error:
             if not is_busy(error):
-                self.close_connection()
-            if is_patient or not is_busy(error):
+                self.close()
+            if seconds:
                 self.pause(error)
             raise
-        finally:
-            if self.kept is not None:
-                if self.kept.in_transaction:
-                    self.kept.execute("ROLLBACK")
-                # Reads wait as long as ever: even in WAL mode a checkpoint can make one wait.
-                self.wait_for_locks(WAIT_SECONDS)
 
-    def wait_for_locks(self, seconds):
-        """Have SQLite wait for the locks of others for so long, in steps of 50 ms."""
-        milliseconds = max(0, round(seconds * 20) * 50)
-        if milliseconds != self.busy_timeout:  # to set it takes a twentieth of a webhook's time
-            self.kept.execute(f"PRAGMA busy_timeout = {milliseconds}")
-            self.busy_timeout = milliseconds
+    @contextmanager
+    def patience(self, seconds):
+        """Have SQLite wait so long for the locks of others in the block, then roll back."""
+        self.kept.execute(f"PRAGMA busy_timeout = {max(0, int(seconds * 1000))}")
+        try:
+            yield
+        finally:
+            if self.kept.in_transaction:
+                self.kept.execute("ROLLBACK")
+            # Even in WAL mode a read may have to wait.
+            self.kept.execute(f"PRAGMA busy_timeout = {int(WAIT_SECONDS * 1000)}")
 
     def pause(self, error):
         """Leave the database alone for PAUSE_SECONDS because of an error."""
@@ -1194,51 +1203,71 @@ class Database:
         """Return True if this worker leaves the database alone for now."""
         return time.monotonic() < self.paused_until
 
-    def checkpoint(self):
-        """Move what the WAL holds into the database file, if there is enough of it."""
-        if self.transactions < CHECKPOINT_TRANSACTIONS:
-            return
-        # In turn with the writers: SQLite before 3.51.3 may corrupt a WAL reset while written.
-        with self.turn(time.monotonic()):
-            connection = self.connection()
-            moved = connection.execute("PRAGMA wal_checkpoint(PASSIVE)").fetchone()
-            is_long = moved[1] > LONG_WAL_PAGES  # a long read of another program has let it grow
-            if is_long and moved[1] == moved[2]:
-                connection.execute("PRAGMA wal_checkpoint(TRUNCATE)").fetchall()
-        self.transactions = 0
-
-    def close_connection(self):
-        """Close the kept connection. The next use opens one anew."""
-        connection = self.kept
-        self.kept = None
-        if connection is not None:
-            with suppress(sqlite3.Error):
-                connection.close()
-
     def close(self):
-        """Close the connection and the lock file."""
-        self.close_connection()
+        """Close the connection and the lock file. The next use opens them anew."""
+        if self.kept is not None:
+            with suppress(sqlite3.Error):
+                self.kept.close()
+            self.kept = None
         if self.lock is not None:
             self.lock.close()
             self.lock = None
 
 
-@contextmanager
-def alive(notify):
-    """Call `notify` once a second while the block runs, so that gunicorn does not end us."""
-    is_over = threading.Event()
+def read_version(connection):
+    """Return the version of the database. Raises sqlite3.DatabaseError if it is not for us."""
+    version = connection.execute("PRAGMA user_version").fetchone()[0]
+    names = {name for (name,) in connection.execute("SELECT name FROM sqlite_schema")}
+    is_ours = {"errors", "health"} <= names and version > 0
+    if names and not is_ours:
+        raise sqlite3.DatabaseError("it is another program's; name another file in DATABASE_URL")
+    if version > SCHEMA_VERSION:
+        raise sqlite3.DatabaseError(
+            f"it is of version {version}, made by a newer collector, and this one knows "
+            f"{SCHEMA_VERSION}; run the newer collector, or {RESTORE_CURE}"
+        )
+    return version
 
-    def repeat():
-        while not is_over.wait(1):
-            notify()
 
-    thread = threading.Thread(target=repeat, daemon=True)
-    thread.start()
+def upgrade(connection):
+    """Bring a new or old database to this code's version in one transaction, in the turn."""
+    version = read_version(connection)  # once more: another process may have done it
+    if version == SCHEMA_VERSION:
+        return
+    sql = Path(__file__).with_name("schema.sql").read_text(encoding="utf-8")
+    steps, from_2, from_1 = re.split(r"^-- From version [0-9]$", sql, flags=re.MULTILINE)
+    if version:
+        log.warning("upgrading the database from version %d to %d", version, SCHEMA_VERSION)
+        from_old = from_2 if version == 2 else from_1 + from_2
+        steps = f"ALTER TABLE errors RENAME TO errors_old; {steps} {from_old}"
+    started = time.monotonic()
+    connection.create_function("server_of", 1, server_of, deterministic=True)
+    connection.create_function("category_of", 2, category_of, deterministic=True)
+    connection.create_function("digest_of", 2, digest_of, deterministic=True)
     try:
-        yield
+        connection.executescript(
+            f"BEGIN IMMEDIATE; {steps}; PRAGMA user_version = {SCHEMA_VERSION}; COMMIT"
+        )
     finally:
-        is_over.set()
-        thread.join()
+        if connection.in_transaction:
+            connection.execute("ROLLBACK")
+    if version:
+        log.warning("upgraded the database in %.1f s", time.monotonic() - started)
+
+
+def category_of(payload, payload_bytes):
+    """Return the category of the error in a body of 1.0.0, which may be damaged."""
+    try:
+        return parse_error(load(unpack(payload, payload_bytes)), None, "")["category"]
+    except Exception:  # a body that cannot be read must not keep the database from its upgrade
+        return "error"
+
+
+def digest_of(payload, payload_bytes):
+    """Return the digest of a body of 1.0.0, which may be damaged."""
+    with suppress(zlib.error):
+        payload = unpack(payload, payload_bytes)
+    return hashlib.sha256(payload).hexdigest()[:32]
 
 
 def pack(body):
@@ -1246,7 +1275,7 @@ def pack(body):
     packed = zlib.compress(body, 1)
     if len(packed) >= len(body):
         packed = body  # sqlar_uncompress takes a blob of the stated length for one not compressed
-    return {"payload_bytes": len(body), "payload": packed}
+    return {"payload": packed, "payload_bytes": len(body)}
 
 
 def unpack(payload, payload_bytes):
@@ -1256,548 +1285,343 @@ def unpack(payload, payload_bytes):
     return zlib.decompress(payload)
 
 
-def digest(payload, payload_bytes):
-    """Return what tells the body in the columns that pack made, damaged or not, from any other."""
-    body = payload
-    with suppress(zlib.error):
-        body = unpack(payload, payload_bytes)
-    return hashlib.sha256(body).hexdigest()[:32]
-
-
-def category_of(payload, payload_bytes):
-    """Return the category of the error in the columns that pack made, for the step to version 2."""
-    try:
-        return parse_error(load(unpack(payload, payload_bytes)), None, "")["category"]
-    except Exception:  # a body that cannot be read must not keep the database from its change
-        return "error"
-
-
-# What a delivery says of the server and the project must not contradict what is known; what either
-# side does not say matches.
-SAME_PLACE = """
-    coalesce(server = :server, TRUE)
-    AND CASE
-        WHEN project_id IS NOT NULL AND :project_id IS NOT NULL THEN project_id = :project_id
-        ELSE coalesce(project_slug = :project_slug, TRUE)
-    END
-"""
-# Columns that a stored error learns from later deliveries of it.
-SCOPE = "server", "project_id", "project_slug", "project_name", "issue_id", "short_id"
-
-
-def identity(row):
-    """Return the SQL condition that finds the error of a delivery's row, if it is stored."""
-    is_usual = row["action"] in (None, "created", "triggered")
-    if is_usual and row["event_id"]:
-        return f"event_id = :event_id AND {SAME_PLACE}"
-    if is_usual and row["issue_id"]:
-        return f"issue_id = :issue_id AND {SAME_PLACE}"
-    return "digest = :digest"
-
-
-def insert_error(connection, row):
-    """Insert a row and its body unless the error is there.
-
-    Returns its id, and True if it is new.
-    `row` has the keys of COLUMNS but for the id, and those of pack. The caller's transaction makes
-    looking and inserting one step.
-    """
-    condition = identity(row)
-    row = row | {"digest": None}
-    if condition.startswith("digest"):
-        row["digest"] = digest(row["payload"], row["payload_bytes"])
-    names = ", ".join(("id", *SCOPE))
-    order = "ORDER BY id" if condition.startswith("event_id") else ""  # an issue may have many
-    sql = f"SELECT {names} FROM errors WHERE {condition} {order} LIMIT 1"
-    stored = connection.execute(sql, row).fetchone()
-    if stored is None:
-        return insert_row(connection, row | {"id": None}), True
-    learn_scope(connection, stored, row)
-    return stored["id"], False
-
-
-def insert_row(connection, row):
-    """Insert a row and its body as they are. Returns the error's id."""
-    id_ = connection.execute(INSERT_ERROR, row).lastrowid
-    connection.execute(
-        "INSERT INTO bodies VALUES (?, ?, ?)", (id_, row["payload_bytes"], row["payload"])
-    )
-    return id_
-
-
-INSERT_ERROR = "INSERT INTO errors ({}, digest) VALUES ({}, :digest)".format(
+FIND_IDENTITY = "SELECT id, short_id FROM errors WHERE identity = :identity"
+FIND_ISSUE = """SELECT id, short_id FROM errors WHERE issue_id = :issue_id AND server IS :server
+    ORDER BY id LIMIT 1"""
+LEARN_SHORT_ID = "UPDATE errors SET short_id = ? WHERE id = ?"
+INSERT_ERROR = "INSERT INTO errors ({}, identity) VALUES ({}, :identity)".format(
     ", ".join(COLUMNS), ", ".join(f":{name}" for name in COLUMNS)
 )
+INSERT_BODY = "INSERT INTO bodies VALUES (last_insert_rowid(), :payload_bytes, :payload)"
 
 
-def learn_scope(connection, stored, row):
-    """Add to a stored error what a later delivery of it says of the server and the project.
+def insert(connection, row):
+    """Insert a row with its body unless the error is there. Return its id, and True if it is new.
 
-    The row is inserted anew under its id, so that the triggers and the search index follow.
+    `row` has the keys of COLUMNS, `identity`, and those of pack. The caller's transaction makes
+    looking and inserting one step.
     """
-    learnt = {name: row[name] for name in SCOPE if stored[name] is None and row[name] is not None}
-    if not learnt:
-        return
-    id_ = stored["id"]
-    sql = "SELECT * FROM errors JOIN bodies USING (id) WHERE id = ?"
-    whole = dict(connection.execute(sql, (id_,)).fetchone())
-    delete_errors(connection, [id_])
-    insert_row(connection, whole | learnt)
-    if id_ <= indexed_to(connection):
-        index_rows(connection, [whole | learnt])
-
-
-def delete_errors(connection, ids):
-    """Delete errors with their bodies and what the search index holds of them."""
-    marks = ", ".join("?" * len(ids))
-    sql = f"SELECT * FROM errors WHERE id IN ({marks}) AND id <= ?"
-    for row in connection.execute(sql, (*ids, indexed_to(connection))).fetchall():
-        connection.execute(UNINDEX, (row["id"], *search_texts(row)))
-    connection.execute(f"DELETE FROM errors WHERE id IN ({marks})", ids)
-
-
-def select_error(connection, id_):
-    """Return an error's row, or None."""
-    sql = f"SELECT {', '.join(COLUMNS)} FROM errors WHERE id = ?"
-    return connection.execute(sql, (id_,)).fetchone()
-
-
-def select_body(connection, id_):
-    """Return the body of a stored delivery as it was received (bytes), or None."""
-    sql = "SELECT payload, payload_bytes FROM bodies WHERE id = ?"
-    row = connection.execute(sql, (id_,)).fetchone()
-    if row is None:
-        return None
-    return unpack(row["payload"], row["payload_bytes"])
-
-
-# The search index
-
-# Filters of the query string, each with the columns it is compared with.
-FACETS = {
-    "project": ("project_slug", "project_id"),
-    "level": ("level",),
-    "environment": ("environment",),
-    "platform": ("platform",),
-    "release": ("release",),
-    "category": ("category",),
-    "server": ("server",),
-    "issue": ("issue_id",),
-}
-SEARCHED = "title message culprit exception_type exception_value".split()
-# Chinese, Japanese and Korean text has no spaces between words, so each of its characters is one.
-CJK = re.compile(
-    "([\u1100-\u11ff\u2e80-\u9fff\ua960-\ua97f\uac00-\ud7ff\uf900-\ufaff\U00020000-\U0003ffff])"
-)
-SEARCH_COLUMNS = ", ".join((*SEARCHED, "facets"))
-INDEX = f"INSERT INTO errors_search (rowid, {SEARCH_COLUMNS}) VALUES (?, ?, ?, ?, ?, ?, ?)"
-UNINDEX = (
-    f"INSERT INTO errors_search (errors_search, rowid, {SEARCH_COLUMNS}) "
-    "VALUES ('delete', ?, ?, ?, ?, ?, ?, ?)"
-)
-
-
-def spaced(value):
-    """Return text with each Chinese, Japanese or Korean character as a word of its own."""
-    if value is None or value.isascii():
-        return value
-    return CJK.sub(r" \1 ", value)
-
-
-def facet(name, value):
-    """Return a value to filter by as one word, which no searched word can be."""
-    return f"\ue000{name}{value.encode().hex()}"
-
-
-def search_texts(row):
-    """Return the texts of the search index for an error, in the order of SEARCH_COLUMNS.
-
-    The index can forget only what it was given. To change this, fill it anew by a schema step.
-    """
-    facets = []
-    for name, columns in FACETS.items():
-        for column in columns:
-            if row[column]:
-                facets.append(facet(name, row[column]))
-    return [*(spaced(row[column]) for column in SEARCHED), " ".join(facets)]
-
-
-def indexed_to(connection):
-    """Return the id up to which errors are in the search index."""
-    return connection.execute("SELECT indexed_to FROM search_progress").fetchone()[0]
-
-
-def index_rows(connection, rows):
-    """Add errors to the search index."""
-    connection.executemany(INDEX, [(row["id"], *search_texts(row)) for row in rows])
-
-
-def count_unindexed(connection):
-    """Return how many errors may be missing in the search index."""
-    sql = """SELECT coalesce((SELECT seq FROM sqlite_sequence WHERE name = 'errors'), 0)
-        - indexed_to FROM search_progress"""
-    return connection.execute(sql).fetchone()[0]
-
-
-def extend_index(database, seconds=STEP_SECONDS):
-    """Add a batch of errors to the search index. Returns True if more are missing."""
-    if not count_unindexed(database.connection()):
-        return False
-    with database.transaction(seconds) as connection:
-        sql = "SELECT * FROM errors WHERE id > ? ORDER BY id LIMIT ?"
-        rows = connection.execute(sql, (indexed_to(connection), INDEX_BATCH)).fetchall()
-        index_rows(connection, rows)
-        is_whole = len(rows) < INDEX_BATCH
-        newest = "(SELECT seq FROM sqlite_sequence WHERE name = 'errors')" if is_whole else "?"
-        last = [] if is_whole else [rows[-1]["id"]]
-        connection.execute(f"UPDATE search_progress SET indexed_to = {newest}", last)
-    return not is_whole
-
-
-def complete_index(database):
-    """Add what the search index misses. Raises IndexIncomplete if that takes too long."""
-    until = time.monotonic() + READ_SECONDS
-    try:
-        while extend_index(database):
-            if time.monotonic() > until:
-                missing = count_unindexed(database.connection())
-                raise IndexIncomplete(missing)
-    except (sqlite3.Error, OSError) as error:
-        # While nothing can be written, only the errors of the last moment are missing, unless the
-        # index is being filled.
-        log.warning("the search index cannot be extended: %s", error)
-        missing = count_unindexed(database.connection())
-        if missing > INDEX_BATCH:
-            raise IndexIncomplete(missing) from None
-
-
-class IndexIncomplete(Exception):
-    """A search has to wait, since the index is being filled.
-
-    It has the number of missing errors.
-    """
-
-    def __init__(self, missing):
-        super().__init__(
-            f"The search index is being filled, {missing} errors are missing; try again soon."
-        )
-
-
-# Reading
-
-
-def words_of(query):
-    """Return the words of a search, each Chinese, Japanese or Korean character one."""
-    return re.findall(r"[^\W_]+", spaced(query))
-
-
-def match_expression(filters):
-    """Return the FTS5 query for the facets and the words of `filters`, or None without any.
-
-    Any text is a safe query. What a word of `q` is made of has to stand together, in its order.
-    """
-    terms = []
-    for name in FACETS:
-        if name in filters:
-            values = filters[name].split(",") if name == "level" else [filters[name]]
-            options = " OR ".join(f'"{facet(name, value)}"' for value in values)
-            terms.append(f"facets : ({options})")
-    phrases = []
-    for word in filters.get("q", "").split():
-        escaped = spaced(word).replace('"', '""')
-        phrases.append(f'"{escaped}"')
-    if phrases:
-        terms.append("- facets : (" + " ".join(phrases) + "*)")  # the last word may be a beginning
-    return " AND ".join(terms) or None
-
-
-def narrow(connection, filters):
-    """Return `filters` with what takes a look into the database.
-
-    An issue's short id becomes its issue id and server; an event id and times become bounds of ids.
-    """
-    narrowed = dict(filters)
-    if "issue" in filters:
-        sql = """SELECT issue_id, server FROM errors WHERE short_id = :issue
-            AND issue_id IS NOT NULL AND (:server IS NULL OR server = :server)
-            ORDER BY id DESC LIMIT 1"""
-        row = connection.execute(sql, {"server": None} | filters).fetchone()
-        if row:
-            narrowed["issue"] = row["issue_id"]
-            if row["server"]:
-                narrowed.setdefault("server", row["server"])
-    if "event" in filters:
-        sql = "SELECT min(id) AS first, max(id) AS last FROM errors WHERE event_id = :event"
-        narrowed |= bounds(connection.execute(sql, filters).fetchone())
-    elif "since" in filters or "until" in filters:
-        period = {"since": filters.get("since", ""), "until": filters.get("until", "~")}
-        sql = """SELECT 1000 * min(id) AS first, 1000 * max(id) + 999 AS last FROM blocks
-            WHERE first_at <= :until AND last_at >= :since"""
-        narrowed |= bounds(connection.execute(sql, period).fetchone())
-    return narrowed
-
-
-def bounds(row):
-    """Return the filters for the ids from the first to the last of a row, or for no id."""
-    if row["first"] is None:
-        return {"from_id": 1, "to_id": 0}
-    return {"from_id": row["first"], "to_id": row["last"]}
-
-
-CONDITIONS = {  # of the filters, {id} being the id of the table that is walked
-    "project": "(errors.project_slug = :project OR errors.project_id = :project)",
-    "level": "instr(',' || :level || ',', ',' || errors.level || ',') > 0",
-    "environment": "errors.environment = :environment",
-    "platform": "errors.platform = :platform",
-    "release": "errors.release = :release",
-    "category": "errors.category = :category",
-    "server": "errors.server = :server",
-    "issue": "errors.issue_id = :issue",
-    "event": "errors.event_id = :event",
-    "since": "errors.received_at >= :since",
-    "until": "errors.received_at <= :until",
-    "from_id": "{id} >= :from_id",
-    "to_id": "{id} <= :to_id",
-    "before": "{id} < :before",
-    "after": "{id} > :after",
-}
-
-
-def find_errors(connection, filters, columns, limit, oldest_first=False):
-    """Return a cursor over `columns`, SQL expressions, of the errors that match, newest first.
-
-    `filters` are those of the query string, after `narrow`; `before` and `after` are ids.
-    """
-    match = match_expression(filters)
-    source = "errors"
-    row_id = "errors.id"
-    conditions = ["TRUE"]
-    if match:
-        source = "errors_search CROSS JOIN errors ON errors.id = errors_search.rowid"
-        row_id = "errors_search.rowid"
-        conditions = ["errors_search MATCH :match"]
-    # A facet finds the row, the column is sure.
-    conditions += [sql.format(id=row_id) for name, sql in CONDITIONS.items() if name in filters]
-    order = "ASC" if oldest_first else "DESC"
-    sql = f"""SELECT {", ".join(columns)} FROM {source} WHERE {" AND ".join(conditions)}
-        ORDER BY {row_id} {order} LIMIT :limit"""
-    return connection.execute(sql, filters | {"match": match, "limit": limit})
-
-
-def select_errors(connection, filters, limit, oldest_first=False):
-    """Return up to `limit` rows and True if there are more, newest first unless told otherwise.
-
-    A page has at least a row, and ends where its text exceeds PAGE_CHARACTERS.
-    """
-    names = [f"errors.{name}" for name in COLUMNS]
-    return take_page(find_errors(connection, filters, names, limit + 1, oldest_first), limit)
-
-
-def take_page(cursor, limit):
-    """Return up to `limit` rows of a cursor, and True if it has more."""
-    rows = []
-    room = PAGE_CHARACTERS
-    with closing(cursor):
-        for row in cursor:
-            if len(rows) == limit or room < 0:
-                return rows, True
-            rows.append(row)
-            room -= sum(len(value) for value in row if isinstance(value, str))
-    return rows, False
-
-
-def select_overview(connection, filters, limit):
-    """Return what the chart and the facets need of the newest `limit` errors that match."""
-    columns = (
-        "errors.received_at",
-        "substr(errors.project_slug, 1, 200) AS project",
-        "substr(errors.level, 1, 200) AS level",
-        "substr(errors.release, 1, 200) AS release",
-        "substr(errors.environment, 1, 200) AS environment",
-    )
-    return find_errors(connection, filters, columns, limit).fetchall()
-
-
-ISSUE_CONDITIONS = {
-    "project": "(issues.project_slug = :project OR issues.project_id = :project)",
-    "server": "issues.server = :server",
-    "level": CONDITIONS["level"],
-    "category": CONDITIONS["category"],
-    "issue": "(issues.issue_id = :issue OR issues.short_id = :issue)",
-    "event": "issues.newest IN (SELECT id FROM errors WHERE event_id = :event)",
-    "since": "issues.last_seen >= :since",
-    "until": "issues.last_seen <= :until",
-    "before": "issues.newest < :before",
-}
-
-
-def select_issues(connection, filters, limit):
-    """Return up to `limit` issues, and True if there are more, the most recently seen first.
-
-    Title, culprit, level and category are those of the newest error, of which `before` is an id.
-    """
-    source = "issues JOIN errors ON errors.id = issues.newest"
-    order = "issues.newest"
-    conditions = ["TRUE"]
-    match = match_expression({"q": filters.get("q", "")})
-    if match:
-        source = (
-            "errors_search CROSS JOIN issues ON issues.newest = errors_search.rowid "
-            "JOIN errors ON errors.id = issues.newest"
-        )
-        order = "errors_search.rowid"
-        conditions = ["errors_search MATCH :match"]
-    conditions += [sql for name, sql in ISSUE_CONDITIONS.items() if name in filters]
-    sql = f"""SELECT issues.issue_id, issues.short_id, nullif(issues.server, '') AS server,
-        issues.project_id, issues.project_slug, errors.title, errors.culprit, errors.level,
-        errors.category, issues.count, issues.first_seen, issues.last_seen, issues.newest
-        FROM {source} WHERE {" AND ".join(conditions)} ORDER BY {order} DESC LIMIT :limit"""
-    cursor = connection.execute(sql, filters | {"match": match, "limit": limit + 1})
-    return take_page(cursor, limit)
-
-
-def select_occurrences(connection, row):
-    """Return how often the issue of an error's row was seen here, or None without an issue.
-
-    A dict of count, first_seen, last_seen, and releases, the newest 20 of its newest 1,000 errors.
-    """
-    if row["issue_id"] is None:
-        return None
-    key = {"issue_id": row["issue_id"], "server": row["server"]}
-    sql = """SELECT count, first_seen, last_seen FROM issues
-        WHERE issue_id = :issue_id AND server = coalesce(:server, '')"""
-    counted = connection.execute(sql, key).fetchone()
-    if counted is None:  # deleted since the row was read
-        return None
-    sql = """SELECT release FROM (SELECT received_at, release FROM errors
-            WHERE issue_id = :issue_id AND server IS :server ORDER BY received_at DESC LIMIT 1000)
-        WHERE release IS NOT NULL GROUP BY release ORDER BY max(received_at) DESC LIMIT 20"""
-    releases = [release for (release,) in connection.execute(sql, key)]
-    return dict(counted) | {"releases": releases}
-
-
-def select_extent(connection):
-    """Return what changes with every error that comes, goes or learns its project."""
-    sql = """SELECT (SELECT min(id) FROM errors), (SELECT max(id) FROM errors), deletions
-        FROM search_progress"""
-    return list(connection.execute(sql).fetchone())
-
-
-def count_errors(connection):
-    """Return how many errors are stored."""
-    return connection.execute("SELECT coalesce(sum(count), 0) FROM blocks").fetchone()[0]
-
-
-def count_rows(connection):
-    """Return how many errors a database of any version holds."""
-    return connection.execute("SELECT count(*) FROM errors").fetchone()[0]
-
-
-def database_bytes(connection):
-    """Return the size of the database in bytes."""
-    pages = connection.execute("PRAGMA page_count").fetchone()[0]
-    return pages * connection.execute("PRAGMA page_size").fetchone()[0]
+    known = connection.execute(FIND_IDENTITY, row).fetchone()
+    is_issue_alone = row["action"] == "created" and row["event_id"] is None
+    if known is None and is_issue_alone:
+        known = connection.execute(FIND_ISSUE, row).fetchone()
+    if known is None:
+        id_ = connection.execute(INSERT_ERROR, row).lastrowid
+        connection.execute(INSERT_BODY, row)
+        return id_, True
+    if known["short_id"] is None and row["short_id"] is not None:
+        connection.execute(LEARN_SHORT_ID, (row["short_id"], known["id"]))
+    return known["id"], False
 
 
 def check_writable(database):
-    """Commit a row and prove that an error can be inserted.
-
-    Raises sqlite3.Error or OSError otherwise.
-    """
+    """Commit a row and prove that an error can be inserted. Raises sqlite3.Error or OSError."""
     at = now()
-    row = dict.fromkeys(COLUMNS) | {"received_at": at, "timestamp": at, "digest": None}
-    row |= {"event_id": "health", "issue_id": "health"} | pack(b"{}")
+    row = dict.fromkeys(COLUMNS) | {"received_at": at, "timestamp": at, "identity": "health"}
     with database.transaction() as connection:
+        check_room(database.path.parent, 0, connection)
         connection.execute("SAVEPOINT health")
-        insert_row(connection, row)
+        insert(connection, row | pack(b"{}"))
         connection.execute("ROLLBACK TO health")
         sql = "INSERT INTO health VALUES (1, :at) ON CONFLICT DO UPDATE SET checked_at = :at"
         connection.execute(sql, {"at": at})
 
 
 def delete_expired(database, days):
-    """Delete some errors that were received more than `days` ago. Returns how many."""
-    limit = now(days=days)
-    sql = "SELECT id FROM blocks WHERE first_at < ? ORDER BY id LIMIT 1"
-    if not database.reader().execute(sql, (limit,)).fetchone():
-        return 0
-    with database.transaction(STEP_SECONDS) as connection:
-        block = connection.execute(sql, (limit,)).fetchone()
-        if block is None:  # another worker was here
+    """Delete some errors that were received more than `days` ago. Return how many."""
+    expired = "SELECT id FROM errors WHERE received_at < ? ORDER BY received_at LIMIT ?"
+    limits = (now(days=days), DELETE_ROWS)
+    with database.reader() as connection:
+        if connection.execute(expired, limits).fetchone() is None:
             return 0
-        of_block = {"first": 1000 * block["id"], "limit": limit, "count": DELETE_BATCH}
-        condition = "FROM errors WHERE id BETWEEN :first AND :first + 999"
-        expired = f"SELECT id {condition} AND received_at < :limit LIMIT :count"
-        ids = [id_ for (id_,) in connection.execute(expired, of_block)]
-        delete_errors(connection, ids)
-        if len(ids) < DELETE_BATCH:  # none is left, so nobody has to look at this block again
-            oldest = f"(SELECT min(received_at) {condition})"
-            redate = f"UPDATE blocks SET first_at = {oldest} WHERE id = :first / 1000"
-            connection.execute(redate, of_block)
+    with database.transaction(0) as connection:
+        ids = [tuple(row) for row in connection.execute(expired, limits)]
+        connection.executemany("DELETE FROM errors WHERE id = ?", ids)
+        connection.executemany("DELETE FROM bodies WHERE id = ?", ids)
     return len(ids)
 
 
-# Counts of deliveries
+def add_outcomes(database, counts, seconds):
+    """Add counts of deliveries, {(outcome, reason): (count, time of the last)}."""
+    sql = """INSERT INTO outcomes VALUES (?, ?, ?, ?) ON CONFLICT DO UPDATE SET
+        count = count + excluded.count, last_at = max(last_at, excluded.last_at)"""
+    with database.transaction(seconds) as connection:
+        connection.executemany(sql, [(*key, *value) for key, value in counts.items()])
 
 
-class Counts:
-    """The deliveries by outcome and reason that this worker has not written yet."""
-
-    def __init__(self):
-        self.pending = {}  # (count, time of the last) by (period, outcome, reason)
-
-    def add(self, outcome, reason=""):
-        """Count a delivery. Outcome and reason are of a fixed few."""
-        at = now()
-        key = (period_of(at), outcome, reason)
-        count, _ = self.pending.get(key, (0, at))
-        self.pending[key] = (count + 1, at)
-
-    def write(self, database):
-        """Add the pending counts to the database, if there are any."""
-        if not self.pending:
-            return
-        rows = [(*key, *value) for key, value in self.pending.items()]
-        sql = """INSERT INTO deliveries VALUES (?, ?, ?, ?, ?) ON CONFLICT DO UPDATE SET
-            count = count + excluded.count, last_at = max(last_at, excluded.last_at)"""
-        with database.transaction(STEP_SECONDS) as connection:
-            connection.executemany(sql, rows)
-            add_up_old_counts(connection)
-        self.pending.clear()
+def read_levels(value):
+    """Return levels, comma-separated. Raises ValueError on an unknown one."""
+    levels = re.split(r"\s*,\s*", value)
+    if not set(levels) <= set(LEVELS):
+        raise ValueError(f"is not a level; use {', '.join(LEVELS)}, comma-separated")
+    return ",".join(levels)
 
 
-def period_of(at):
-    """Return the ten minutes that an ISO 8601 time is in, as the beginning of its text."""
-    return at[:15] + "0"
+def read_time(value):
+    """Return a time, given in any of its forms, as text that compares. Raises ValueError."""
+    ago = re.fullmatch(r"([0-9]{1,6})([mhdw])", value)
+    if ago:
+        when = max(time.time() - int(ago[1]) * MINUTES[ago[2]] * 60, 0)
+    elif re.fullmatch(r"[0-9]{9,11}(\.[0-9]{1,9})?", value):
+        when = float(value)
+    else:
+        # A plus that is not encoded comes as a blank.
+        when = re.sub(r"(:[0-9.]+) ([0-9:]+)$", r"\1+\2", value.upper())
+    parsed = moment(when)
+    if parsed is None:
+        forms = "ISO 8601, as 2026-01-31T12:00:00Z, Unix seconds, or 15m, 24h, 7d, 2w"
+        raise ValueError(f"is not a time; use {forms}")
+    return in_microseconds(datetime.fromisoformat(parsed))
 
 
-def select_deliveries(connection):
-    """Return the counts of deliveries by outcome and reason, the latest first.
+def read_words(value):
+    """Return patterns of LIKE for the words of a search, or the event id (text) that it is."""
+    event_id = value.replace("-", "").lower()
+    if re.fullmatch(r"[0-9a-f]{32}", event_id):
+        return event_id
+    words = re.sub("([%_^])", r"^\1", value).split()
+    if len(words) > 10 or len(value) > 100:
+        raise ValueError("is too long; use at most 10 words and 100 characters")
+    return [f"%{word}%" for word in words]
 
-    `last_hour` counts the last 60 to 70 minutes, `today` the day in UTC, `count` all that are kept.
+
+# Filters of the query by name: the parser of its text, and the SQL condition. Of several values,
+# a list, each has to match. A plus keeps SQLite from an index that does not give the rows by id.
+FILTERS = {
+    "q": (
+        read_words,
+        """(title LIKE :q ESCAPE '^' OR message LIKE :q ESCAPE '^' OR culprit LIKE :q ESCAPE '^'
+            OR exception_type LIKE :q ESCAPE '^' OR exception_value LIKE :q ESCAPE '^')""",
+    ),
+    "project": (str, "(project_slug = :project OR project_id = :project)"),
+    "level": (read_levels, "instr(',' || :level || ',', ',' || level || ',') > 0"),
+    "environment": (str, "environment = :environment"),
+    "platform": (str, "platform = :platform"),
+    "release": (str, "release = :release"),
+    "category": (str, "category = :category"),
+    "server": (str, "server = :server"),
+    "issue": (str, "issue_id = :issue"),
+    "event": (
+        lambda value: [value],
+        """event_id = :event AND errors.id IN (
+            SELECT id FROM errors WHERE identity BETWEEN :event || ' ' AND :event || '!'
+            UNION ALL SELECT id FROM errors WHERE identity BETWEEN 'double ' AND 'double!')""",
+    ),
+    "since": (read_time, "+received_at >= :since"),
+    "until": (read_time, "+received_at <= :until"),
+}
+ISSUE_FILTERS = "q", "project", "level", "category", "server", "issue", "since", "until"
+FOUND_FILTERS = {"issue_server": (None, "server IS :issue_server")}  # that `locate` adds
+
+
+def locate(connection, filters):
+    """Return the filters after a look for the issue or event id that they name.
+
+    With its server, the index gives the rows of an issue by id.
     """
-    sql = """SELECT outcome, nullif(reason, '') AS reason,
-        coalesce(sum(count) FILTER (WHERE period >= :hour), 0) AS last_hour,
-        coalesce(sum(count) FILTER (WHERE period >= :day), 0) AS last_day,
-        coalesce(sum(count) FILTER (WHERE period >= :today), 0) AS today,
-        sum(count) AS count, max(last_at) AS last_at
-        FROM deliveries GROUP BY 1, 2 ORDER BY last_at DESC"""
-    starts = {"hour": now(hours=1), "day": now(days=1)}
-    starts = {name: period_of(at) for name, at in starts.items()} | {"today": now()[:10]}
-    return [dict(row) for row in connection.execute(sql, starts)]
+    filters = dict(filters)
+    if isinstance(filters.get("q"), str):
+        filters["event"] = [*filters.get("event", []), filters.pop("q")]
+    if "issue" not in filters:
+        return filters
+    sql = """SELECT issue_id, server FROM errors WHERE short_id = :issue AND issue_id IS NOT NULL
+        AND server IS coalesce(:server, server) ORDER BY id DESC LIMIT 1"""
+    named = connection.execute(sql, {"server": None} | filters).fetchone()
+    if named:
+        return filters | {"issue": named["issue_id"], "issue_server": [named["server"]]}
+    sql = """SELECT
+        (SELECT server FROM errors WHERE issue_id = :issue ORDER BY server LIMIT 1),
+        (SELECT server FROM errors WHERE issue_id = :issue ORDER BY server DESC LIMIT 1)"""
+    first, last = connection.execute(sql, filters).fetchone()
+    if first == last:
+        filters["issue_server"] = [first]
+    return filters
 
 
-def add_up_old_counts(connection):
-    """Add up the counts of more than DELIVERY_DAYS ago, so that the sums never fall."""
-    limit = (now(days=DELIVERY_DAYS),)
-    sql = """INSERT INTO deliveries SELECT '', outcome, reason, sum(count), max(last_at)
-        FROM deliveries WHERE period < ? GROUP BY outcome, reason
-        ON CONFLICT DO UPDATE SET count = excluded.count, last_at = excluded.last_at"""
-    connection.execute(sql, limit)
-    connection.execute("DELETE FROM deliveries WHERE period BETWEEN '0' AND ?", limit)
+def find_bounds(database, filters):
+    """Return the first and the last id that the filters leave to a walk."""
+    ids = "SELECT (SELECT min(id) FROM errors), (SELECT max(id) FROM errors)"
+    with database.reader() as connection:
+        lowest, highest = connection.execute(ids).fetchone()
+    if "since" in filters or "until" in filters:
+        # Not the ids at the ends of the period: what was spooled has a later id than its time.
+        ids = """SELECT min(+id), max(+id) FROM errors
+            WHERE received_at BETWEEN :since AND :until"""
+        period = {"since": "", "until": "~"} | filters
+        try:
+            with database.reader(PERIOD_SECONDS) as connection:
+                lowest, highest = connection.execute(ids, period).fetchone()
+        except sqlite3.OperationalError as error:
+            if not is_interrupted(error):
+                raise
+    first = max(lowest or 1, filters.get("after", 0) + 1)
+    last = min(highest or 0, filters.get("before", 2**63) - 1)
+    return first, last
 
 
-# The spool
+def build_condition(filters):
+    """Return the SQL condition of the filters, and its parameters."""
+    conditions = ["errors.id BETWEEN :first AND :last"]
+    parameters = {}
+    for name, (_, sql) in (FILTERS | FOUND_FILTERS).items():
+        values = filters.get(name, [])
+        if not isinstance(values, list):
+            values = [values]
+        for number, value in enumerate(values):
+            conditions.append(sql.replace(f":{name}", f":{name}_{number}"))
+            parameters[f"{name}_{number}"] = value
+    return " AND ".join(conditions), parameters
+
+
+def blocks(first, last, is_upward):
+    """Yield the bounds of blocks of ids, small ones first, from where a walk begins."""
+    size = FIRST_BLOCK
+    while first <= last:
+        if is_upward:
+            yield first, min(last, first + size - 1)
+            first += size
+        else:
+            yield max(first, last - size + 1), last
+            last -= size
+        size = min(2 * size, LARGEST_BLOCK)
+
+
+Walk = namedtuple("Walk", "rows last_id is_finished")  # last_id is that of the last row looked at
+
+
+def walk(select, database, filters, limit, seconds=LIST_SECONDS):
+    """Return the Walk over the rows that match, until the page is full, the time is over, or all.
+
+    `filters` are values that FILTERS has parsed by name, and the ids `before`, or `after` which
+    the oldest come first. The first block is not ended by the clock, so that a walk always gets on.
+    """
+    deadline = time.monotonic() + seconds
+    with database.reader() as connection:
+        filters = locate(connection, filters)
+    first, last = find_bounds(database, filters)
+    condition, parameters = build_condition(filters)
+    is_upward = "after" in filters
+    sql = f"{select} {condition} ORDER BY errors.id {'ASC' if is_upward else 'DESC'}"
+    rows = []
+    last_id = filters.get("after", last + 1)
+    room = PAGE_CHARACTERS
+    left = READ_SECONDS
+    for low, high in blocks(first, last, is_upward):
+        if len(rows) == limit or room < 0 or left <= 0:
+            return Walk(rows, last_id, False)
+        try:
+            with database.reader(left) as connection:
+                for row in connection.execute(sql, parameters | {"first": low, "last": high}):
+                    if len(rows) == limit or room < 0:
+                        return Walk(rows, last_id, False)
+                    rows.append(row)
+                    last_id = row["id"]
+                    room -= sum(len(value) for value in row if isinstance(value, str))
+        except sqlite3.OperationalError as error:
+            if not is_interrupted(error) or left == READ_SECONDS:
+                raise
+            return Walk(rows, last_id, False)
+        last_id = high if is_upward else low
+        left = deadline - time.monotonic()
+    return Walk(rows, last_id, True)
+
+
+SELECT_ERRORS = f"SELECT {', '.join(COLUMNS)} FROM errors WHERE"
+OF_ISSUE = "FROM errors AS one WHERE one.issue_id = errors.issue_id AND one.server IS errors.server"
+SELECT_ISSUES = f"""
+    SELECT id, issue_id, server, project_id, project_slug, title, culprit, level, category,
+        coalesce(short_id, (SELECT max(short_id) FROM (
+            SELECT short_id {OF_ISSUE} ORDER BY id LIMIT 100))) AS short_id,
+        (SELECT count(*) {OF_ISSUE}) AS count,
+        (SELECT received_at {OF_ISSUE} ORDER BY id LIMIT 1) AS first_seen,
+        received_at AS last_seen, id AS newest
+    FROM errors
+    WHERE issue_id IS NOT NULL AND NOT EXISTS (SELECT 1 {OF_ISSUE} AND one.id > errors.id) AND"""
+SELECT_OCCURRENCES = f"""
+    SELECT (SELECT count(*) {OF_ISSUE}) AS count,
+        (SELECT received_at {OF_ISSUE} ORDER BY id LIMIT 1) AS first_seen,
+        (SELECT received_at {OF_ISSUE} ORDER BY id DESC LIMIT 1) AS last_seen
+    FROM errors WHERE id = ?"""
+
+
+select_errors = functools.partial(walk, SELECT_ERRORS)
+select_issues = functools.partial(walk, SELECT_ISSUES)  # by their newest errors
+
+
+def select_error(connection, id_):
+    """Return an error's row, or None."""
+    return connection.execute(f"{SELECT_ERRORS} id = ?", (id_,)).fetchone()
+
+
+def select_body(connection, id_):
+    """Return the body of a stored delivery as it was received (bytes), or None."""
+    sql = "SELECT payload, payload_bytes FROM bodies WHERE id = ?"
+    row = connection.execute(sql, (id_,)).fetchone()
+    try:
+        return row and unpack(*row)
+    except zlib.error as error:
+        raise sqlite3.DatabaseError(f"the body of error {id_} is damaged: {error}") from None
+
+
+def select_occurrences(connection, row):
+    """Return count, first_seen and last_seen of the issue of an error's row, or None."""
+    found = connection.execute(SELECT_OCCURRENCES, (row["id"],)).fetchone()
+    if row["issue_id"] is None or found is None:
+        return None
+    return dict(found)
+
+
+def select_state(connection):
+    """Return the count of the errors, and the rows of the newest and the oldest one or None."""
+    ids = "SELECT count(*), (SELECT max(id) FROM errors), (SELECT min(id) FROM errors) FROM errors"
+    count, newest, oldest = connection.execute(ids).fetchone()
+    return {
+        "errors": count,
+        "newest": select_error(connection, newest),
+        "oldest": select_error(connection, oldest),
+    }
+
+
+def select_hours(connection):
+    """Return the hours of the last 48 as (2026-11-28T22, errors received in it), oldest first."""
+    sql = "SELECT count(*) FROM errors WHERE received_at BETWEEN ? AND ? || '~'"
+    hours = []
+    for ago in range(47, -1, -1):
+        hour = now(hours=ago)[:13]
+        hours.append((hour, connection.execute(sql, (hour, hour)).fetchone()[0]))
+    return hours
+
+
+def select_outcomes(connection):
+    """Return the counts of deliveries by outcome and reason, the latest first."""
+    sql = """SELECT outcome, nullif(reason, '') AS reason, count, last_at FROM outcomes
+        ORDER BY last_at DESC"""
+    return [dict(row) for row in connection.execute(sql)]
+
+
+def database_bytes(connection, pages="page_count"):
+    """Return the size of the database in bytes, or of other pages that a pragma counts."""
+    size = connection.execute("PRAGMA page_size").fetchone()[0]
+    return size * connection.execute(f"PRAGMA {pages}").fetchone()[0]
+
+
+def free_bytes(folder):
+    """Return how many bytes of the folder's disk are free."""
+    disk = os.statvfs(folder)
+    return disk.f_bavail * disk.f_frsize
+
+
+def check_room(folder, wanted, connection=None):
+    """Raise DiskFull unless so many bytes are free beyond the reserve for retention.
+
+    With a connection, the free pages of its database count, too.
+    """
+    disk = os.statvfs(folder)
+    room = free_bytes(folder) - min(RESERVE_BYTES, disk.f_blocks * disk.f_frsize // 10)
+    if connection and room < wanted:
+        room += database_bytes(connection, "freelist_count")
+    if room < wanted:
+        raise DiskFull(errno.ENOSPC, "only the reserve for retention is left of the disk")
 
 
 class Spool:
@@ -1805,42 +1629,29 @@ class Spool:
 
     def __init__(self, folder):
         self.folder = folder
-        self.waiting = deque()  # names that were listed and not moved yet
         self.unreadable = set()  # names of files that the disk does not give back
-        self.count = 0  # files in the folder, as counted at counted_at
-        self.counted_at = -math.inf  # monotonic time
 
     def put(self, received_at, resource, body):
         """Write a delivery to disk, synced. Raises OSError if that cannot be done."""
-        self.folder.mkdir(parents=True, exist_ok=True)
-        self.check_room()
-        head = json.dumps([received_at, resource, len(body), zlib.crc32(body)]).encode()
+        self.check_room(len(body))
         part = self.folder / f"{time.time_ns():020}-{os.getpid()}.part"
         try:
             with open(part, "xb") as file:
-                file.write(head + b"\n" + body)
+                file.write(json.dumps([received_at, resource]).encode() + b"\n" + body)
                 file.flush()
                 os.fsync(file.fileno())
             part.rename(part.with_suffix(".delivery"))
+            sync_folder(self.folder)
         except OSError:
             part.unlink(missing_ok=True)
             raise
-        sync_folder(self.folder)
-        self.count += 1
 
-    def check_room(self):
-        """Raise OSError if the spool is full or the disk nearly is."""
-        if time.monotonic() > self.counted_at + 1:
-            self.counted_at = time.monotonic()
-            self.count = len(self.names())
-            if self.count > SPOOL_LIMIT * SPOOL_NEARLY_FULL:
-                log.warning(
-                    "the spool holds %d deliveries, its limit is %d", self.count, SPOOL_LIMIT
-                )
-        if self.count >= SPOOL_LIMIT:
-            raise OSError(errno.ENOSPC, f"the spool is full, it holds {self.count} deliveries")
-        if free_bytes(self.folder) < SPOOL_FREE_BYTES:
-            raise OSError(errno.ENOSPC, "the disk has less than 64 MB left")
+    def check_room(self, size):
+        """Raise OSError unless the spool, whose folder is made if missing, takes `size` bytes."""
+        self.folder.mkdir(parents=True, exist_ok=True)
+        check_room(self.folder, size)
+        if len(os.listdir(self.folder)) >= SPOOL_LIMIT:
+            raise OSError(errno.ENOSPC, f"the spool is full, it holds {SPOOL_LIMIT} deliveries")
 
     def names(self):
         """Return the names of the files that wait, in order of receipt."""
@@ -1849,69 +1660,11 @@ class Spool:
         except OSError:
             return []
 
-    def move(self, database, read_row):
-        """Move a batch of deliveries into the database.
+    def read(self, name):
+        """Return received_at, resource and body of a file, None if it is gone or unreadable.
 
-        Returns True if more wait.
-        `read_row` makes a row of a body, a resource and a time of receipt. A file is removed after
-        the commit; should that fail, the database knows the delivery when it comes again.
+        Raises ValueError if it is damaged.
         """
-        if not self.waiting:
-            # Listed once for all that wait, because there may be many thousands of them.
-            self.waiting.extend(name for name in self.names() if name not in self.unreadable)
-        if not self.waiting:
-            return False
-        with self.alone() as is_alone:
-            if not is_alone:  # another worker moves them
-                self.waiting.clear()
-                return False
-            batch = self.read_batch(read_row)
-            with database.transaction(STEP_SECONDS) as connection:
-                for name, row in batch.items():
-                    self.insert(connection, name, row)
-            for name in batch:
-                (self.folder / name).unlink(missing_ok=True)
-        for name in batch:
-            self.waiting.remove(name)
-        if batch:
-            log.info("moved %d spooled deliveries into the database", len(batch))
-        return bool(self.waiting)
-
-    @contextmanager
-    def alone(self):
-        """Hold the folder's lock in the block if no other worker does.
-
-        Yields True if it is held.
-        """
-        folder = os.open(self.folder, os.O_RDONLY)
-        try:
-            try:
-                fcntl.flock(folder, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                yield True
-            except BlockingIOError:
-                yield False
-        finally:
-            os.close(folder)
-
-    def read_batch(self, read_row):
-        """Return the rows of the next files by name, as many as one transaction takes."""
-        batch = {}
-        size = 0
-        until = time.monotonic() + STEP_SECONDS
-        for name in list(islice(self.waiting, SPOOL_BATCH)):
-            row = self.read(name, read_row)
-            if row is None:
-                self.waiting.remove(name)
-                continue
-            batch[name] = row
-            size += len(row["payload"])
-            is_full = len(batch) >= SPOOL_BATCH or size > SPOOL_BATCH_BYTES
-            if is_full or time.monotonic() > until:
-                break
-        return batch
-
-    def read(self, name, read_row):
-        """Return the row of a spooled delivery, or None if it is gone, unreadable or no error."""
         try:
             head, _, body = (self.folder / name).read_bytes().partition(b"\n")
         except FileNotFoundError:
@@ -1920,42 +1673,18 @@ class Spool:
             self.unreadable.add(name)
             log.error("cannot read a spooled delivery, it waits for the next start: %s", error)
             return None
-        try:
-            received_at, resource, *check = json.loads(head)
-            datetime.fromisoformat(received_at)
-            if check and check != [len(body), zlib.crc32(body)]:
-                raise ValueError("the file is damaged")
-            return read_row(body, resource, received_at) | pack(body)
-        except MemoryError:
-            raise
-        except Exception as error:
-            self.reject(name, error)
-            return None
+        received_at, resource, *_ = json.loads(head)  # 2.0.0 wrote length and checksum, too
+        datetime.fromisoformat(received_at)
+        return received_at, resource, body
 
-    def insert(self, connection, name, row):
-        """Insert the row of a spooled delivery. Rejects it if the fault is its own."""
-        try:
-            insert_error(connection, row)
-        except Exception as error:
-            is_database = type(error) in (sqlite3.OperationalError, sqlite3.DatabaseError)
-            if is_database or isinstance(error, MemoryError):
-                raise
-            self.reject(name, error)
+    def remove(self, name):
+        """Remove a file that is stored, unless another worker has."""
+        (self.folder / name).unlink(missing_ok=True)
 
-    def reject(self, name, error):
-        """Give a delivery that makes no error another name, for a person to look at."""
+    def reject(self, name):
+        """Rename a file that cannot be stored, for a person to look at. Returns its new path."""
         file = self.folder / name
-        with suppress(FileNotFoundError):
-            rejected = file.rename(file.with_suffix(".rejected"))
-            log.error(
-                "cannot store a spooled delivery (%s), see %s", type(error).__name__, rejected
-            )
-
-
-def free_bytes(folder):
-    """Return how many bytes of the folder's disk are free."""
-    disk = os.statvfs(folder)
-    return disk.f_bavail * disk.f_frsize
+        return file.rename(file.with_suffix(".rejected"))
 
 
 def sync_folder(path):
@@ -1967,756 +1696,87 @@ def sync_folder(path):
         os.close(folder)
 
 
-# Backup and restore
+def copy_database(path, file):
+    """Copy the database to a new file while the service runs.
 
-
-def open_read_only(path):
-    """Return a connection that cannot write a database, nor make a file beside it."""
-    uri = f"{path.absolute().as_uri()}?{'immutable=1' if is_at_rest(path) else 'mode=ro'}"
-    return sqlite3.connect(uri, uri=True, timeout=10, isolation_level=None)
-
-
-def is_at_rest(path):
-    """Return True for a database in WAL mode that no process has open.
-
-    SQLite would make a WAL beside it to read it, as a file of this user's, were it not told that
-    nobody writes. Not for a process that has a connection already, whose locks this would drop.
+    Raises ValueError if there is no database or the file is there, else sqlite3.Error or OSError.
     """
-    with open(path, "rb") as file:
-        is_in_wal_mode = file.read(20)[18:] == b"\2\2"
-    return is_in_wal_mode and not Path(f"{path}-wal").exists()
-
-
-def copy_database(source, target, report=lambda share: None):
-    """Copy what a connection reads into a new file at `target`.
-
-    `report` gets the share that is done.
-    """
-    part = Path(f"{target}.part")
+    if not path.exists() or not path.stat().st_size:
+        raise ValueError(f"there is no database at {path}")
+    if file.exists():
+        raise ValueError(f"{file} is there already; name a new file")
+    # To read a database at rest in WAL mode, SQLite would make files of this user's beside it.
+    is_at_rest = choose_journal_mode(path.parent) == "WAL" and not Path(f"{path}-wal").exists()
+    mode = "immutable=1" if is_at_rest else "mode=ro"
+    part = file.with_name(f"{file.name}.part")
     part.unlink(missing_ok=True)
-    source.execute("BEGIN")
+    uri = f"{path.absolute().as_uri()}?{mode}"
     try:
-        # One snapshot, or each writer would make the copy start again.
-        source.execute("SELECT 1 FROM sqlite_schema").fetchone()
-        with closing(sqlite3.connect(part)) as copy:
-            source.backup(
-                copy, pages=2000, progress=lambda _, left, pages: report(1 - left / max(pages, 1))
-            )
-            # One file, complete without a WAL beside it.
-            copy.execute("PRAGMA journal_mode = DELETE")
+        with closing(sqlite3.connect(uri, uri=True, isolation_level=None)) as connection:
+            read_version(connection)
+            connection.execute("VACUUM INTO ?", (str(part),))
+        with open(part, "rb") as copy:
+            os.fsync(copy.fileno())
+        part.rename(file)
+        sync_folder(file.absolute().parent)
     finally:
-        source.execute("ROLLBACK")
-    part.rename(target)
-
-
-def check_backup(path):
-    """Return how many errors a collector's database at `path` holds.
-
-    Raises ValueError if it is none.
-    """
-    try:
-        with closing(open_read_only(path)) as connection:
-            version = connection.execute("PRAGMA user_version").fetchone()[0]
-            problem = connection.execute("PRAGMA quick_check(1)").fetchone()[0]
-            columns = {row[1] for row in connection.execute("PRAGMA table_info(errors)")}
-            if problem != "ok":
-                raise ValueError(f"{path} is damaged: {problem}")
-            if not version or not columns.issuperset(("received_at", "event_id", "permalink")):
-                raise ValueError(f"{path} is no database of the collector")
-            if version > SCHEMA_VERSION:
-                raise ValueError(
-                    f"{path} is of version {version}, this collector knows {SCHEMA_VERSION}; "
-                    "restore it with the collector that made it"
-                )
-            return count_rows(connection)
-    except sqlite3.OperationalError as error:
-        raise ValueError(f"{path} cannot be read: {error}") from None
-    except sqlite3.DatabaseError as error:
-        raise ValueError(f"{path} is no database of the collector ({error})") from None
-
-
-def find_largest(sql, connections):
-    """Return the largest of the numbers that a query finds in several databases."""
-    return max(connection.execute(sql).fetchone()[0] for connection in connections)
-
-
-def restore(database, file):
-    """Replace the content of the live database by that of `file`.
-
-    Returns the path of what it replaced.
-    The service may run: writers wait, and what they receive is spooled. Ids go on from the larger
-    of both, so that no id is used twice.
-    """
-    staged = database.path.with_name(f"{database.path.name}.restoring")
-    replaced = database.path.with_name(f"{database.path.name}.before-restore")
-    staged.unlink(missing_ok=True)
-    with closing(open_read_only(file)) as source:
-        copy_database(source, staged)
-    copy = Database(staged)
-    copy.journal_mode = "DELETE"
-    try:
-        live = database.connection()
-        copy.connection()  # brings it up to date, before writers have to wait
-        with database.turn(time.monotonic() + 60):
-            if replaced.exists():
-                replaced.rename(f"{replaced}-{replaced.stat().st_mtime_ns}")
-            copy_database(live, replaced)
-            sequence = "SELECT coalesce(max(seq), 0) FROM sqlite_sequence WHERE name = 'errors'"
-            both = live, copy.connection()
-            last_id = find_largest(sequence, both)
-            deletions = find_largest("SELECT deletions FROM search_progress", both)
-            copy.connection().execute("DELETE FROM sqlite_sequence WHERE name = 'errors'")
-            copy.connection().execute(
-                "INSERT INTO sqlite_sequence VALUES ('errors', ?)", (last_id,)
-            )
-            # So that nobody takes the export of what is replaced for that of what is there now.
-            copy.connection().execute("UPDATE search_progress SET deletions = ?", (deletions + 1,))
-            copy.connection().backup(live)
-    finally:
-        copy.close()
-        for name in (staged, Path(f"{staged}.lock")):
-            name.unlink(missing_ok=True)
-    return replaced
+        part.unlink(missing_ok=True)
 
 
 # --------------------------------------------------------------------------------------------------
-# Presentation: one function for each shape that goes out
+# Intake: what the routes of one app share, and the maintenance between requests
 # --------------------------------------------------------------------------------------------------
 
-TEXT_LENGTH = 8000  # most characters of a text form
-NOTE_LENGTH = 1000  # characters of it that are kept for what it says of what was left out
-URL_LENGTH = 300  # most characters of a URL in it; of a longer one the path is shown
-SHARES = 2600, 1400, 700, 300  # characters that a section of each rank gets before any gets more
-SOURCE_LINES = 3  # source lines around the one that failed
-GAP_LENGTH = 30  # characters that a trace keeps for the words about what it lost
-LONG_LINE = 100  # characters of a source line above which its column is told, too
-LINE_SHOWN = 160  # most characters of a source line in a text form
-VARIABLES_SHOWN = 1000  # characters of variables after which the others are left out
-INNERMOST = "caused by (innermost)"  # role of the exception that was raised first
-MARKS = 40  # most hidden characters of a value for each of which a page has a sign
-CUT = "\ue000"  # stands for what a line of a text form lost; no text of an error may have it
-HIDDEN_CATEGORIES = "Cc", "Cf", "Cn", "Co", "Cs", "Zl", "Zp"  # Unicode's, of what has no picture
-# Letters and marks without a picture: Unicode's Default_Ignorable ones, and the blank of Braille.
-BLANKS = re.compile(
-    "[\u034f\u115f\u1160\u17b4\u17b5\u180b-\u180f\u2800\u3164\ufe00-\ufe0f\uffa0"
-    "\U000e0100-\U000e01ef]"
-)
-ANSI = re.compile(
-    r"\x1b(?:\[[0-?]*[ -/]*[@-~]|\][^\x07\x1b]*(?:\x07|\x1b\\)?|[PX^_][^\x1b]*(?:\x1b\\)?|.)",
-    re.DOTALL,
-)
-# What a script or an emoji needs: a joiner between two of its characters, a selector after a sign.
-NEEDED = re.compile(
-    "[\u200c\u200d](?<=[\u0600-\u1cff\u2190-\u2bff\ufe0f\U0001f000-\U0001faff].)"
-    "(?=[\u0600-\u1cff\u2190-\u2bff\U0001f000-\U0001faff])"
-    "|\U0001f3f4[\U000e0030-\U000e007a]{3,6}\U000e007f"
-    "|[\ufe0e\ufe0f](?<=[#*0-9\xa9\xae\u203c\u2049\u2122-\u3299\U0001f000-\U0001faff].)"
-)
-BARS = {  # seconds of a bar of the chart, by their words
-    "minute": 60, "5 minutes": 300, "10 minutes": 600, "30 minutes": 1800, "hour": 3600,
-    "3 hours": 10_800, "6 hours": 21_600, "12 hours": 43_200, "day": 86_400, "2 days": 172_800,
-    "week": 604_800, "4 weeks": 2_419_200, "13 weeks": 7_862_400, "year": 31_449_600,
-    "10 years": 314_496_000,
-}  # fmt: skip
+SPOOL_SECONDS = 0.2  # time between two looks into an empty spool
+STEP_SECONDS = 1  # time between two steps of the other maintenance
+DAY_SECONDS = 24 * 3600
 
 
-def as_json(value):
-    """Return a value as a line of JSON, ASCII so that no terminal obeys it."""
-    return json.dumps(value) + "\n"
+class Store:
+    """The one way in for deliveries, from the webhook and from the spool."""
 
-
-def as_words(value, indent=None):
-    """Return text as it is, and any other JSON value as JSON, over several lines if indented."""
-    if isinstance(value, str):
-        return value
-    return json.dumps(value, ensure_ascii=False, indent=indent)
-
-
-def joined(*values):
-    """Return the values that are not empty, with a blank between them."""
-    return " ".join(str(value) for value in values if value)
-
-
-def summary(row, base=""):
-    """Return the scalar keys of an error. `base` is what the addresses here begin with."""
-    return {"id": row["id"], "url": f"{base}/errors/{row['id']}"} | dict(row)
-
-
-def detail(row, body, occurrences, base=""):
-    """Return an error in full. `body` is the delivery as it was received (bytes)."""
-    return summary(row, base) | parse_detail(load(body)) | {"occurrences": occurrences}
-
-
-def issue(row, base=""):
-    """Return an issue. `base` is what the addresses here begin with."""
-    query = {"issue": row["issue_id"]}
-    if row["server"]:
-        query["server"] = row["server"]
-    return dict(row) | {"url": f"{base}/errors?{urlencode(query)}"}
-
-
-def entry_id(error):
-    """Return the id of an error in a feed, which stays the same under any address."""
-    names = f"{error['id']} {error['received_at']} {error['event_id']} {error['issue_id']}"
-    return f"urn:uuid:{uuid.uuid5(uuid.NAMESPACE_OID, names)}"
-
-
-# What is hidden in text
-
-
-def hidden_characters(value):
-    """Return the set of a text's characters that nobody sees, or that move or reorder others."""
-    if value.isascii() and value.isprintable():  # as most text is, and a page has thousands
-        return set()
-    hidden = set()
-    for character in set(value):
-        is_hidden = unicodedata.category(character) in HIDDEN_CATEGORIES
-        if is_hidden or BLANKS.match(character):
-            hidden.add(character)
-    return hidden - {"\n", "\t"}
-
-
-def without_hidden(value):
-    """Return text without escape sequences and hidden characters."""
-    value = ANSI.sub("", value)
-    signs = {}
-    for character in hidden_characters(value):
-        signs[ord(character)] = " " if character.isspace() else ""
-    return value.translate(signs)
-
-
-def visible(value, length=2000):
-    """Return a value as HTML of at most `length` characters, with a sign for each hidden one.
-
-    What Arabic, Indic scripts and emoji need of hidden characters stays.
-    """
-    shown = cut(as_words(value), length).replace("\r\n", "\n")
-    hidden = hidden_characters(shown)
-    if not hidden:
-        return escape(shown)
-    shown = str(escape(shown))
-    marks = sum(shown.count(character) for character in hidden)
-    marks -= len("".join(NEEDED.findall(shown)))
-    if marks > MARKS:
-        shown = shown.translate(dict.fromkeys(map(ord, hidden)))
-        return Markup(shown + rest(marks, "hidden characters"))
-    needed_or_hidden = f"{NEEDED.pattern}|([{''.join(sorted(hidden))}])"
-    return Markup(re.sub(needed_or_hidden, sign_of, shown))
-
-
-def sign_of(match):
-    """Return what a page shows for a hidden character, itself where it is needed."""
-    if match[1] is None:
-        return match[0]
-    return f'<b class="unseen">U+{ord(match[1]):04X}</b>'
-
-
-def flat(value, length=200):
-    """Return a value as one line of at most `length` characters, without hidden ones."""
-    words = as_words(value)
-    read = words[: 8 * length]
-    line = " ".join(without_hidden(read).split())
-    if len(words) > len(read):
-        line += CUT
-    return shorten(line, length)
-
-
-def shorten(line, length):
-    """Return a line of a text form, of at most `length` characters."""
-    if len(line) <= length:
-        return line
-    return line[: length - 1] + CUT
-
-
-# Traces
-
-
-def no_trace(error):
-    """Return the sentence that says why an error has no stack trace."""
-    kinds = {"csp": "a report of a browser about a forbidden source"}
-    category = error["category"] or "error"
-    if category != "error":
-        kind = kinds.get(category, f"an issue of the category {category[:40]}")
-        return f"There is no stack trace: this is {kind}."
-    if error["resource"] == "issue":
-        words = "There is no stack trace: an issue webhook never has one, error webhooks and issue"
-        return f"{words} alerts do."
-    return "There is no stack trace: the SDK that reported this sent none."
-
-
-def chain_of(error, parsed):
-    """Return the exceptions with a `role` each: the main one, what caused it, what wraps it.
-
-    An event without exceptions gives one that has its stacktrace, if there is anything to show.
-    """
-    exceptions = parsed["exceptions"]
-    if not exceptions:
-        only = {"type": error["exception_type"], "value": error["exception_value"]}
-        only |= {"module": None, "mechanism": None, "main": True, "frames": parsed["stacktrace"]}
-        is_empty = not any(only[key] for key in ("type", "value", "frames"))
-        is_no_error = (error["category"] or "error") != "error"
-        if is_empty or (is_no_error and not only["frames"]):
-            return []
-        return [only | {"role": "exception"}]
-    main = [exception["main"] for exception in exceptions].index(True)
-    chain = [exceptions[main] | {"role": "exception"}]
-    for exception in reversed(exceptions[:main]):
-        chain.append(exception | {"role": "caused by"})
-    if main:
-        chain[main - innermost(exceptions[:main])]["role"] = INNERMOST
-    for exception in exceptions[main + 1 :]:
-        chain.append(exception | {"role": "wrapped in"})
-    return chain
-
-
-def innermost(causes):
-    """Return the index of the cause with most parents, by the ids in a group, else of the first."""
-    mechanisms = [as_dict(cause["mechanism"]) for cause in causes]
-    own_parents = [integer(mechanism.get("parent_id")) for mechanism in mechanisms]
-    ids = [integer(mechanism.get("exception_id")) for mechanism in mechanisms]
-    parents = dict(zip(ids, own_parents, strict=True))
-    depths = []
-    for own_parent in own_parents:
-        depth = 0
-        parent = own_parent
-        while parent is not None and depth < len(causes):
-            depth += 1
-            parent = parents.get(parent)
-        depths.append(depth)
-    return depths.index(max(depths))
-
-
-def is_close(exception):
-    """Return True for the main exception and for the innermost cause, which are shown closely."""
-    return exception["role"] in ("exception", INNERMOST)
-
-
-def own_frame(frames):
-    """Return the last frame of the application's own code, else the last frame."""
-    own = [frame for frame in frames if frame["in_app"]]
-    return (own or frames)[-1]
-
-
-def says_cut(frame):
-    """Return True for a frame that stands for older ones, which were cut when they were read."""
-    is_bare = frame["lineno"] is None and not frame["filename"]
-    return is_bare and (frame["function"] or "").startswith(REST)
-
-
-def fold(frames, marked=False):
-    """Return runs of frames as (True for library code, frames).
-
-    The crash is shown as own code is, and all frames are where none is marked.
-    """
-    marked = marked or any(frame["in_app"] for frame in frames)
-    runs = []
-    for frame in frames:
-        is_library = marked and not frame["in_app"] and frame is not frames[-1]
-        if frame is frames[0] and says_cut(frame):
-            is_library = False
-        if not runs or runs[-1][0] != is_library:
-            runs.append((is_library, []))
-        runs[-1][1].append(frame)
-    return runs
-
-
-def last_part(package):
-    """Return the last part of a package's path, and a .NET assembly without its version."""
-    return re.split(r"[/\\]", package)[-1].partition(", Version=")[0] or package
-
-
-def qualified(frame):
-    """Return the function of a frame, with its class or module where the file does not say it."""
-    function = frame["function"] or "?"
-    module = (frame["module"] or "").removeprefix("Elixir.")
-    file = frame["filename"] or frame["abs_path"] or ""
-    path = re.sub(r"[.:\\]+", "/", module)
-    is_said = path in re.sub(r"[.:\\]+", "/", file) or module in function
-    if is_said or module.startswith(("<", "__main__")):
-        return function
-    if " " in function.partition("(")[0]:  # it begins with what it returns
-        return f"{function} of {module}"
-    return f"{module}.{function}"
-
-
-def place(frame):
-    """Return where a frame is, in the words of a Python traceback."""
-    if says_cut(frame):
-        return f"[{frame['function']}]"
-    file = frame["filename"] or frame["abs_path"]
-    package = frame["package"] and last_part(frame["package"])
-    parts = [f'File "{file or package or frame["module"] or "?"}"']
-    if (frame["lineno"] or 0) > 0:
-        parts.append(f"line {frame['lineno']}")
-    line = frame["context_line"] or ""
-    is_minified = len(line) > LONG_LINE or "{snip}" in line
-    if frame["colno"] and (is_minified or not line.strip()):
-        parts.append(f"column {frame['colno']}")
-    function = qualified(frame)
-    if not file and not package:
-        function = frame["function"] or "?"  # the module stands for the file
-    parts.append(f"in {function}")
-    if package and file:
-        parts.append(f"package {package}")
-    if package and frame["instruction_addr"]:
-        parts.append(f"address {frame['instruction_addr']}")
-    return ", ".join(parts)
-
-
-def source_lines(frame):
-    """Return a frame's source lines as (number or None, text, True where it failed)."""
-    if frame["context_line"] is None:
-        return []
-    before = frame["pre_context"] or []
-    lines = [*before, frame["context_line"], *(frame["post_context"] or [])]
-    first_number = frame["lineno"] and frame["lineno"] - len(before)
-    numbered = []
-    for index, line in enumerate(lines):
-        number = None
-        if first_number is not None and first_number + index > 0:
-            number = first_number + index
-        numbered.append((number, line, index == len(before)))
-    return numbered
-
-
-def source_line(line, column=None):
-    """Return a source line for a text form, indented. Of a long one the part at `column`."""
-    if line.startswith(REST) and (column or 0) > LINE_LENGTH // 2:
-        column = LINE_LENGTH // 2  # see parse_line
-    line = line.expandtabs(4)
-    start = 0
-    if len(line) > LINE_SHOWN and column and column < len(line):
-        start = max(column - LINE_SHOWN // 2, 0)
-    words = line[start:].lstrip()
-    indentation = min(len(line) - start - len(words), 40)
-    return (CUT if start else " " * indentation) + flat(words, LINE_SHOWN)
-
-
-def closely(frame):
-    """Yield the lines of the frame that matters most: its source, and its variables by use."""
-    around = source_lines(frame)
-    crash = [is_crash for _, _, is_crash in around].index(True) if around else 0
-    for number, line, is_crash in around[max(crash - SOURCE_LINES, 0) : crash + SOURCE_LINES + 1]:
-        mark = ">" if is_crash else " "
-        shown = source_line(line, frame["colno"] if is_crash else None)
-        yield f"{mark} {number or '':>5} | {shown}".rstrip()
-    variables = frame["vars"] or {}
-    read = " ".join(line for _, line, _ in around)
-    used = set(re.findall(r"\w+", frame["context_line"] or ""))
-    near = set(re.findall(r"\w+", read))
-    names = [name for name in variables if name != REST]
-    names.sort(key=lambda name: (name not in used, name not in near, name.startswith("__")))
-    room = VARIABLES_SHOWN
-    for index, name in enumerate(names):
-        line = f"  {flat(name, 60)} = {flat(variables[name], 300)}"
-        room -= len(line)
-        if room < 0:
-            yield f"  {len(names) - index} more variables{CUT}"
-            break
-        yield line
-    if REST in variables:
-        yield f"  {flat(variables[REST])}{CUT}"
-
-
-def trace_lines(exception, marked):
-    """Yield the lines of an exception's trace, the oldest call first, library frames folded."""
-    frames = exception["frames"]
-    shown_closely = own_frame(frames) if frames and is_close(exception) else None
-    for is_library, run in fold(frames, marked):
-        if is_library:
-            yield f"[{len(run)} library frame{'s' if len(run) > 1 else ''}]"
-            continue
-        for frame in run:
-            yield flat(place(frame), 300)
-            if frame is shown_closely:
-                yield from closely(frame)
-            elif frame["context_line"]:
-                yield "    " + source_line(frame["context_line"], frame["colno"]).strip()
-
-
-def has_more(chain):
-    """Return True if frames have source lines or variables that the text form does not show."""
-    for exception in chain:
-        shown = own_frame(exception["frames"]) if exception["frames"] else None
-        for frame in exception["frames"]:
-            is_shown = frame is shown and is_close(exception)
-            if not is_shown and (frame["vars"] or frame["pre_context"] or frame["post_context"]):
-                return True
-    return False
-
-
-# Text forms
-
-
-def error_page(error, body):
-    """Return what the text form and the page of an error show of it.
-
-    `error` has the keys of a summary and `occurrences`, `body` is the delivery (bytes).
-    """
-    payload = load(body)
-    parsed = parse_detail(payload)
-    chain = chain_of(error, parsed)
-    marked = any(frame["in_app"] for exception in chain for frame in exception["frames"])
-    return {
-        "error": error | parsed,
-        "chain": chain,
-        "marked": marked,
-        "why": no_trace(error),
-        "evidence": parse_evidence(payload),
-    }
-
-
-def error_text(error, body, url):
-    """Return an error as text for a terminal or an agent, the most useful part first.
-
-    The template puts nothing of the error's own text at the margin, and `flat` lets none of it
-    begin a line.
-    """
-    page = error_page(error, body)
-    words = render_template("error.txt", **page, url=url)
-    left_out = []
-    if has_more(page["chain"]):
-        left_out.append("source lines and variables of other frames")
-    return fit(words, url, left_out)
-
-
-def fit(words, url, left_out):
-    """Return a text form, a head and sections, cut to TEXT_LENGTH, which says what was left out."""
-    head, *sections = words.strip("\n").split("\n\n")
-    sections = [section.split("\n") for section in sections]
-    shown = [head]
-    missing = []
-    for lines, room in zip(sections, share_out(sections, len(head)), strict=True):
-        kept = cut_section(lines, room)
-        left = len(lines) - len(kept)
-        if left:
-            name = lines[0].partition(" (")[0].rstrip(":")
-            missing.append(f"{left} lines of {name}")
-        if left and kept and rank(lines[0]) != 2:
-            kept.insert(2, f"  [{left} lines left out]")
-        if len(kept) > 1:
-            shown.append("\n".join(kept))
-    text_form = "\n\n".join(shown)
-    left_out = missing[:6] + left_out
-    if len(missing) > 6:
-        left_out.append("more sections")
-    if CUT in text_form:
-        left_out.append("ends of long values (…)")
-    if left_out:
-        whole = f"{url}?format=json and {url}/payload"
-        text_form += f"\n\nleft out: {', '.join(left_out)}; whole: {whole}"
-    return text_form.replace(CUT, "…") + "\n"
-
-
-def rank(name):
-    """Return how late a section gets more than its share of the room: 0 for the main exception."""
-    if name.startswith("exception"):
-        return 0
-    if name.startswith(INNERMOST):
-        return 1
-    if name.startswith(("caused by", "wrapped in")):
-        return 3
-    return 2
-
-
-def size_of(lines):
-    """Return the characters that a section of lines takes, with the blank line after it."""
-    return sum(len(line) + 1 for line in lines) + 1
-
-
-def share_out(sections, taken):
-    """Return the characters that each section of lines may have, the head has `taken`."""
-    room = TEXT_LENGTH - NOTE_LENGTH - taken
-    given = [0] * len(sections)
-    ranks = [rank(lines[0]) for lines in sections]
-    for shares in (SHARES, [TEXT_LENGTH] * len(SHARES)):
-        for index in sorted(range(len(sections)), key=ranks.__getitem__):
-            size = size_of(sections[index])
-            more = min(size, shares[ranks[index]]) - given[index]
-            more = max(min(more, room), 0)
-            given[index] += more
-            room -= more
-    return given
-
-
-def cut_section(lines, room):
-    """Return the lines of a section that there is room for.
-
-    A trace keeps its first two lines and its end, breadcrumbs their end, other sections their
-    beginning.
-    """
-    if size_of(lines) <= room:
-        return lines
-    is_trace = rank(lines[0]) != 2
-    first_lines = lines[: 2 if is_trace else 1]
-    others = lines[len(first_lines) :]
-    ends_best = is_trace or lines[0].startswith("breadcrumbs")
-    if ends_best:
-        others.reverse()
-    room -= size_of(first_lines)
-    if is_trace:
-        room -= GAP_LENGTH
-    if room < 0:
-        return []
-    kept = []
-    for line in others:
-        room -= len(line) + 1
-        if room < 0:
-            break
-        kept.append(line)
-    if ends_best:
-        kept.reverse()
-    return first_lines + kept
-
-
-def fit_rows(rows, has_more, line_of):
-    """Return the first rows, whose lines fit a list as text, and True if there are more."""
-    room = TEXT_LENGTH - NOTE_LENGTH
-    for number, row in enumerate(rows):
-        room -= len(line_of(row)) + 1
-        if room < 0:
-            return rows[:number], True
-    return rows, has_more
-
-
-def list_text(lines, next_url, nothing):
-    """Return a list as text, a line each.
-
-    `next_url` is the address of the next page or None, `nothing` stands for an empty list.
-    """
-    shown = lines or [nothing]
-    if next_url and len(next_url) > NOTE_LENGTH - 10:
-        next_url = "see the Link header"
-    if next_url:
-        shown = [*shown, f"next: {next_url}"]
-    return "\n".join(shown).replace(CUT, "…") + "\n"
-
-
-def error_line(row):
-    """Return the line of an error in a list."""
-    told = (row["received_at"], row["level"], row["project_slug"], row["title"], row["culprit"])
-    return f"#{row['id']} {flat(joined(*told), 300)}"
-
-
-def issue_line(row):
-    """Return the line of an issue in a list. Its number is that of its newest error."""
-    name = row["short_id"] or row["issue_id"]
-    times = "1 time" if row["count"] == 1 else f"{row['count']} times"
-    seen = f"{times}, last {row['last_seen']}"
-    told = (name, row["level"], row["project_slug"], row["title"], row["culprit"])
-    return f"#{row['newest']} {seen}: {flat(joined(*told), 300)}"
-
-
-# Pages
-
-
-def ago(value):
-    """Return how long ago an ISO 8601 time was."""
-    seconds = (datetime.now(UTC) - datetime.fromisoformat(value)).total_seconds()
-    for unit, size in (("d", 86400), ("h", 3600), ("min", 60)):
-        if abs(seconds) >= size:
-            direction = "ago" if seconds > 0 else "ahead"
-            return f"{abs(seconds) // size:.0f} {unit} {direction}"
-    return "just now"
-
-
-def web_link(value):
-    """Return a URL only if it is one that a browser may be sent to, else None."""
-    return value if re.match(r"https?://[^\s]+$", value or "", re.IGNORECASE) else None
-
-
-def chart(times, bars=40):
-    """Return a bar chart of ISO 8601 times in UTC, None without times.
-
-    `width` is the time of a bar in words. The `bars`, which end with the newest time, are dicts
-    of an index, a count, its share of the highest, and the period.
-    """
-    if not times:
-        return None
-    stamps = [datetime.fromisoformat(value).timestamp() for value in times]
-    span = max(stamps) - min(stamps)
-    fitting = [words for words, seconds in BARS.items() if span / seconds < bars - 1]
-    words = fitting[0] if fitting else max(BARS, key=BARS.get)
-    width = BARS[words]
-    first_bar = int(max(stamps) // width) - bars + 1
-    counts = Counter(int(stamp // width) - first_bar for stamp in stamps)
-    most = max(counts.values())
-    drawn = []
-    for index in range(bars):
-        start = datetime.fromtimestamp((first_bar + index) * width, UTC)
-        end = start + timedelta(seconds=width, microseconds=-1)
-        bar = {"index": index, "since": in_microseconds(start), "until": in_microseconds(end)}
-        drawn.append(bar | {"count": counts[index], "share": counts[index] / most})
-    return {"bars": drawn, "most": most, "width": words}
-
-
-PAGE_FILTERS = (
-    visible, flat, shorten, as_words, ago, web_link, source_lines, fold, own_frame, trace_lines,
-    qualified, last_part, entry_id, is_close,
-)  # fmt: skip
-
-
-# --------------------------------------------------------------------------------------------------
-# Web: thin routes, which read the request, call down and reply
-# --------------------------------------------------------------------------------------------------
-
-web = Blueprint("web", __name__, cli_group=None)
-# Media types by the name of the form.
-FORMS = {
-    "json": "application/json",
-    "html": "text/html",
-    "text": "text/plain",
-    "ndjson": "application/x-ndjson",
-    "atom": "application/atom+xml",
-}
-FILTERS = (*FACETS, "event", "since", "until", "q")
-LEVELS = "fatal", "error", "warning", "info", "debug", "sample"  # levels that Sentry knows
-QUERY_WORDS = 40  # most words of a search, each Chinese, Japanese or Korean character one
-RETRY_AFTER = "5"  # seconds, with a 503
-EXPLAIN_BYTES = 256 * 1024  # largest body for which a wrong signature is explained
-STATUSES = {"stored": 201, "duplicate": 200, "queued": 202}  # of the reply, by outcome
-UNSAFE = re.compile(r"[^\w.:/-]", re.ASCII)  # what could end a log line or pass for another
-CROSS_SITE = "cross-site", "same-site"  # values of Sec-Fetch-Site when another web page sends
-MISSING_SIGNATURE = (
-    "The Sentry-Hook-Signature header is missing: send by an internal integration, which signs. "
-    "The legacy WebHooks plugin cannot; it needs SENTRY_CLIENT_SECRET unset."
-)
-
-
-class Collector:
-    """What the routes of one app share, and the maintenance that runs between requests."""
-
-    def __init__(self, settings):
+    def __init__(self, settings, report):
         self.settings = settings
+        self.report = report  # function that reports an exception of the collector's own
         path = settings["DATABASE_URL"]
         self.database = Database(path)
         self.spool = Spool(path.parent / "spool")
-        self.counts = Counts()
-        dsn = settings["SENTRY_DSN"]
-        self.report = start_reports(dsn) if dsn else lambda error: None
-        # Steps of maintenance by the seconds between two of them, the most urgent first.
+        self.waiting = deque()  # names of spooled files, listed once for all that wait
+        self.counts = {}  # (count, time of the last) by (outcome, reason), not written yet
+        self.deleted = 0  # expired errors since the last log line about them
+        self.failures = {}  # words of the last failure by step of maintenance, logged once
+        # Steps of maintenance by the seconds between two of them, each soon after it is due.
         self.steps = {
-            self.database.checkpoint: 0.1,
-            self.move_spooled: 0.2,
-            self.write_counts: 1,
-            self.extend_index: 1,
-            self.delete_expired: 1,
-            self.log_deletions: 24 * 3600,
+            self.write_counts: STEP_SECONDS,
+            self.move_spooled: SPOOL_SECONDS,
+            self.prune: STEP_SECONDS,
+            self.log_deletions: DAY_SECONDS,
         }
         self.due = dict.fromkeys(self.steps, -math.inf)  # monotonic time of the next, by step
-        self.deleted = 0  # expired errors since the last log line about them
+        self.due[self.log_deletions] = time.monotonic() + DAY_SECONDS
 
-    def start(self, notify=lambda: None):
-        """Open the database, in the process that serves.
-
-        `notify` tells gunicorn that the worker is alive while the schema is changed.
-        """
-        self.database.notify = notify
+    def start(self):
+        """Open the database in a worker of gunicorn, whose master has a child upgrade it."""
+        self.database.may_upgrade = False
         try:
             self.database.connection()
         except (sqlite3.Error, OSError) as error:
-            log.error("the database cannot be used, deliveries are spooled: %s", error)
+            self.log_failure("cannot use the database, deliveries are spooled", error)
             self.database.pause(error)
+
+    def upgrade(self):
+        """Bring the database to this code's version, in a child that ends with its parent."""
+        parent = os.getppid()
+        while os.getppid() == parent:
+            try:
+                self.database.connection()
+                break
+            except (sqlite3.Error, OSError) as error:
+                if not is_busy(error):
+                    self.log_failure("cannot open the database", error)
+                    break
+            time.sleep(1)
+        self.database.close()
 
     def keep(self, body, payload, resource, received_at):
         """Store a delivery, or spool it whatever fails, because Sentry will not send it again.
@@ -2725,7 +1785,9 @@ class Collector:
         """
         was_paused = self.database.is_paused()
         try:
-            return self.store(body, payload, resource, received_at)
+            outcome, id_ = self.store(body, payload, resource, received_at)
+            self.count(outcome)
+            return outcome, id_
         except Exception as error:
             self.log_failure("cannot store a delivery, spooling it", error)
             reason = "fault of the collector"
@@ -2738,23 +1800,44 @@ class Collector:
         except Exception as error:
             if was_paused:  # the database, which nobody has asked yet, is all that is left
                 self.database.paused_until = -math.inf
-                with suppress(Exception):
-                    return self.store(body, payload, resource, received_at)
+                return self.keep(body, payload, resource, received_at)
             log.critical("LOST a delivery: it can neither be stored nor spooled: %s", error)
             self.report(error)
-            words = f"Neither the database nor the spool can be written: {error}; free the disk."
-            raise Refused(503, "disk", words) from None
-        self.counts.add("queued", reason)
+            raise Refused("disk", str(error)) from None
+        self.count("queued", reason)
         return "queued", None
 
-    def store(self, body, payload, resource, received_at):
-        """Commit a delivery's error. Returns the outcome and the error's id."""
-        row = parse_error(payload, resource, received_at) | pack(body)
-        with self.database.transaction() as connection:
-            id_, is_new = insert_error(connection, row)
-        outcome = "stored" if is_new else "duplicate"
-        self.counts.add(outcome)
-        return outcome, id_
+    def store(self, body, payload, resource, received_at, seconds=WAIT_SECONDS):
+        """Commit a delivery's error. Return "stored" or "duplicate", and the error's id."""
+        row = parse_error(payload, resource, received_at)
+        if row is None:
+            raise ValueError("it holds no error")
+        row |= {"id": None, "identity": identity(row, body)} | pack(body)
+        with self.database.transaction(seconds) as connection:
+            check_room(self.database.path.parent, 2 * len(body), connection)
+            id_, is_new = insert(connection, row)
+        return "stored" if is_new else "duplicate", id_
+
+    def count(self, outcome, reason=""):
+        """Count a delivery, in memory for about a second. Outcome and reason are a fixed few."""
+        number, _ = self.counts.get((outcome, reason), (0, None))
+        self.counts[outcome, reason] = (number + 1, now())
+
+    def check(self):
+        """Return None if a delivery would be stored now, else why it would be spooled.
+
+        Raises Refused if it would be refused.
+        """
+        try:
+            check_writable(self.database)
+            return None
+        except (sqlite3.Error, OSError) as error:
+            problem = f"The database takes no rows: {error}; {cure_of(error)}"
+        try:
+            self.spool.check_room(0)
+        except OSError as error:
+            raise Refused("disk", str(error)) from None
+        return f"{problem}."
 
     def log_failure(self, what, error):
         """Log and report a failure, with nothing of a delivery's content."""
@@ -2764,46 +1847,52 @@ class Collector:
         self.report(error)
 
     def maintain(self):
-        """Do one short step of what must not delay a reply. Returns True if another is due."""
-        if self.database.is_paused():
+        """Do the most urgent step of what must not delay a reply. Return True if more is due."""
+        step = min(self.due, key=self.due.get)
+        if self.database.is_paused() or self.due[step] > time.monotonic():
             return False
-        step = self.next_step()
-        if step is None:
-            return False
+        has_more = False
         try:
             has_more = step()
+            self.failures.pop(step, None)
         except (sqlite3.Error, OSError, MemoryError) as error:
-            has_more = False
-            if not is_busy(error):
-                log.warning("maintenance failed: %s", error)
+            if not is_busy(error) and str(error) != self.failures.get(step):
+                self.failures[step] = str(error)
+                self.log_failure("maintenance failed", error)
         self.due[step] = time.monotonic() + (0 if has_more else self.steps[step])
-        return self.next_step() is not None
+        return min(self.due.values()) <= time.monotonic()
 
-    def next_step(self):
-        """Return the most urgent step of maintenance that is due, or None."""
-        for step, due in self.due.items():
-            if time.monotonic() >= due:
-                return step
-        return None
+    def write_counts(self, seconds=0):
+        """Write the counts of deliveries."""
+        if self.counts:
+            add_outcomes(self.database, self.counts, seconds)
+            self.counts.clear()
 
     def move_spooled(self):
-        """Move some spooled deliveries into the database. Returns True if more wait."""
+        """Move a spooled delivery into the database. Return True if more wait."""
+        if not self.waiting:
+            names = self.spool.names()
+            self.waiting.extend(name for name in names if name not in self.spool.unreadable)
+        if not self.waiting:
+            return False
+        name = self.waiting[0]
+        try:
+            delivery = self.spool.read(name)
+            if delivery is not None:
+                received_at, resource, body = delivery
+                self.store(body, parse_body(body), resource, received_at, 0)
+                self.spool.remove(name)
+        except Exception as error:
+            is_of_system = isinstance(error, sqlite3.Error | OSError | MemoryError)
+            if is_of_system and not isinstance(error, GIVEN_FAULTS):
+                raise
+            path = self.spool.reject(name)
+            log.error("cannot store a spooled delivery (%s), see %s", type(error).__name__, path)
+        self.waiting.popleft()
+        return bool(self.waiting)
 
-        def read_row(body, resource, received_at):
-            return parse_error(parse_body(body), resource, received_at)
-
-        return self.spool.move(self.database, read_row)
-
-    def extend_index(self):
-        """Add some errors to the search index. Returns True if more are missing."""
-        return extend_index(self.database)
-
-    def write_counts(self):
-        """Write the counts of deliveries, which are in memory alone for about a second."""
-        self.counts.write(self.database)
-
-    def delete_expired(self):
-        """Delete some errors that RETENTION_DAYS has passed. Returns True if there may be more."""
+    def prune(self):
+        """Delete some errors that RETENTION_DAYS has passed. Return True if there may be more."""
         days = self.settings["RETENTION_DAYS"]
         if not days:
             return False
@@ -2822,165 +1911,649 @@ class Collector:
         """Write what is only in memory, and close the database. The process ends."""
         self.log_deletions()
         with suppress(sqlite3.Error, OSError):
-            self.write_counts()
+            self.write_counts(WAIT_SECONDS)
         self.database.close()
 
 
-def collector():
-    """Return the Collector of the app that serves this request."""
-    return current_app.extensions["collector"]
+# --------------------------------------------------------------------------------------------------
+# Presentation: one function for each shape that goes out
+# --------------------------------------------------------------------------------------------------
+
+TEXT_LENGTH = 7300  # characters of a text form's head and sections; the note below has 700 more
+ROOT_CAUSE = "caused by (root)"  # role of the first exception in Sentry's order
+# Characters that a section may have before it gets what others leave, and lines before those that
+# are left out first, else the last ones are: by how the section begins.
+SECTIONS = {
+    "exception": (2600, 4),
+    ROOT_CAUSE: (1400, 2),
+    "caused by": (300, 2),
+    "wrapped in": (300, 2),
+    "breadcrumbs": (1200, 1),
+    "": (700, None),
+}
+NEAR = 3  # causes of the main exception that are shown beside the root, and what wraps it
+LINE_SHOWN = 160  # most characters of a source line in a text form
+VARIABLES_SHOWN = 1000  # characters of variables after which the others are left out
+CUT = "\ue000"  # stands in a text form for what a line lost; no text of an error may have it
+KEPT_ON_PAGES = "\n\t\u200c\u200d"  # line ends, and what Arabic, Indic scripts and emoji need
+# Letters and marks without a picture: Unicode's Default_Ignorable ones, and the blank of Braille.
+BLANKS = re.compile(
+    "[\u034f\u115f\u1160\u17b4\u17b5\u180b-\u180f\u2800\u3164\ufe00-\ufe0f\uffa0"
+    "\U000e0100-\U000e01ef]"
+)
+ESCAPE_SEQUENCES = re.compile(
+    r"(?:\x1b\[|\x9b)[0-?]*[ -/]*[@-~]|\x1b[]PX^_][^\x07\x1b]*(?:\x07|\x1b\\)|\x1b[ -/]*[0-~]?"
+)
 
 
-# The webhook
+def as_json(value):
+    """Return a value as a line of JSON, ASCII so that no terminal obeys it."""
+    return json.dumps(value) + "\n"
+
+
+def summary(row, base):
+    """Return the scalar keys of an error. `base` is what the addresses here begin with."""
+    return {"id": row["id"], "url": f"{base}/errors/{row['id']}"} | dict(row)
+
+
+def detail(error, body):
+    """Return an error in full, of its summary with `occurrences` and its delivery (bytes)."""
+    return error | parse_detail(load(body))
+
+
+def issue(row, base):
+    """Return an issue. `base` is what the addresses here begin with."""
+    shown = dict(row) | {"url": issue_link(row, base)}
+    shown.pop("id", None)  # of the walk; `newest` says the same
+    return shown
+
+
+def issue_link(row, base):
+    """Return the address of the errors of a row's issue."""
+    query = {"issue": row["issue_id"]}
+    if row["server"]:
+        query["server"] = row["server"]
+    return f"{base}/errors?{urlencode(query)}"
+
+
+def as_words(value, indent=None):
+    """Return text as it is, and any other JSON value as JSON, over several lines if indented."""
+    if isinstance(value, str):
+        return value
+    return json.dumps(value, ensure_ascii=False, indent=indent)
+
+
+def without_hidden(value, kept=""):
+    """Return text without escape sequences and hidden characters, its white space made blanks."""
+    if value.isascii() and value.isprintable():  # as most text is, and a page has thousands
+        return value
+    value = BLANKS.sub("", ESCAPE_SEQUENCES.sub("", value))
+    return "".join(c if c.isprintable() or c in kept else " " * c.isspace() for c in value)
+
+
+def visible(value, length=2000):
+    """Return a value as HTML of at most `length` characters, without hidden ones."""
+    return escape(without_hidden(cut(as_words(value), length), KEPT_ON_PAGES))
+
+
+def flat(value, length=200):
+    """Return a value as one line of a text form, of at most `length` characters."""
+    words = as_words(value)
+    line = " ".join(without_hidden(words[: 8 * length]).split())
+    if len(line) > length or len(words) > 8 * length or words == "…":
+        return line[: length - 1].rstrip("…") + CUT
+    return line
+
+
+def no_trace(error, frames):
+    """Return the sentence that says why an error has no stack trace, None if it has one."""
+    category = error["category"] or "error"
+    if category == "error" and error["resource"] == "issue" and not error["event_id"]:
+        return "This issue webhook has no event; error webhooks and alerts have one with its trace."
+    if frames:
+        return None
+    if category != "error":
+        return f"There is no stack trace: this is an issue of the category {category[:40]}."
+    return "There is no stack trace: the SDK that reported this sent none."
+
+
+def chain_of(error, parsed, clues):
+    """Return the exceptions and what is told of each: the main one, its causes, its wrappers."""
+    chain = []
+    for index, exception in enumerate(parsed["exceptions"]):
+        told = {"omitted": clues["omitted"][index], "signal": clues["signals"][index]}
+        chain.append(exception | told)
+    if not chain:  # an event without exceptions may have words and a stack trace
+        only = {"type": error["exception_type"], "value": error["exception_value"]}
+        is_exception = error["category"] in (None, "error") and any(only.values())
+        if is_exception or parsed["stacktrace"]:
+            chain.append(only | {"main": True, "frames": parsed["stacktrace"]})
+    main = next((index for index, link in enumerate(chain) if link["main"]), 0)
+    causes = chain[:main][::-1]
+    for index, link in enumerate(chain):
+        link |= {"role": "caused by" if index < main else "wrapped in", "own": None}
+    for link in causes[-1:]:
+        link |= {"role": ROOT_CAUSE, "own": own_frame(link["frames"])}
+    for link in chain[main : main + 1]:
+        link |= {"role": "exception", "own": own_frame(link["frames"])}
+    shown_causes = causes[:NEAR] + causes[NEAR:][-1:]
+    return chain[main : main + 1] + shown_causes + chain[main + 1 :][:NEAR]
+
+
+def own_frame(frames):
+    """Return the last frame of the application's own code, else the last frame, else None."""
+    own = [frame for frame in frames if frame["in_app"]]
+    return next(reversed(own or frames), None)
+
+
+def fold(frames, marked):
+    """Return runs of frames as (True for library code, frames), the crash never in one of these."""
+    runs = []
+    for frame in frames:
+        is_library = marked and not frame["in_app"] and frame is not frames[-1]
+        if not runs or runs[-1][0] != is_library:
+            runs.append((is_library, []))
+        runs[-1][1].append(frame)
+    return runs
+
+
+def place(frame):
+    """Return where a frame is, in the words of a Python traceback."""
+    file = frame["filename"] or frame["abs_path"]
+    # The last part of a path, and a .NET assembly without its version.
+    package = re.split(r"[/\\]", frame["package"] or "")[-1].partition(", Version=")[0]
+    module = (frame["module"] or "").removeprefix("Elixir.")
+    parts = [f'File "{file or package or module or "?"}"']
+    if (frame["lineno"] or 0) > 0:
+        parts.append(f"line {frame['lineno']}")
+    line = (frame["context_line"] or "").strip()
+    if frame["colno"] and (not line or len(line) > LINE_SHOWN or "{snip}" in line):
+        parts.append(f"column {frame['colno']}")
+    function = frame["function"] or "?"
+    # A class or module is told where neither the file nor the function does so.
+    path = re.sub(r"[.:\\]+", "/", module)
+    is_told = path in re.sub(r"[.:\\]+", "/", file or package or module) or module in function
+    if is_told or module.startswith(("<", "__main__")):
+        parts.append(f"in {function}")
+    elif " " in function.partition("(")[0]:  # it begins with what it returns
+        parts.append(f"in {function} of {module}")
+    else:
+        parts.append(f"in {module}.{function}")
+    if package and file:
+        parts.append(f"package {package}")
+    if frame["instruction_addr"] and (package or not frame["lineno"]):
+        parts.append(f"address {frame['instruction_addr']}")
+    return ", ".join(parts)
+
+
+def source_lines(frame, around):
+    """Return a frame's source lines as (number or 0, text, True where it failed)."""
+    if frame["context_line"] is None:
+        return []
+    before = (frame["pre_context"] or [])[-around:]
+    after = (frame["post_context"] or [])[:around]
+    lineno = frame["lineno"] or 0
+    if lineno < 1:
+        lineno = -around  # so that no line has a number
+    numbered = []
+    for index, line in enumerate([*before, frame["context_line"], *after], -len(before)):
+        numbered.append((max(lineno + index, 0), line, index == 0))
+    return numbered
+
+
+def source_line(line, column):
+    """Return a source line for a text form, indented. Of a long one the part at `column`."""
+    line = line.expandtabs(4)
+    if line.startswith("…"):  # it was cut around the column when it was read
+        column = len(line) // 2
+    if len(line) > LINE_SHOWN and LINE_SHOWN < (column or 0) < len(line):
+        return CUT + flat(line[column - LINE_SHOWN // 2 :], LINE_SHOWN)
+    words = line.lstrip()
+    return " " * min(len(line) - len(words), 40) + flat(words, LINE_SHOWN)
+
+
+def variables_by_use(frame):
+    """Return the lines of a frame's variables, those that its source line names first."""
+    used = set(re.findall(r"\w+", frame["context_line"] or ""))
+    room = VARIABLES_SHOWN
+    lines = []
+    variables = (frame["vars"] or {}).items()
+    for name, value in sorted(variables, key=lambda item: item[0].strip("'") not in used):
+        if not name.startswith("__") or not name.endswith("__"):
+            lines.append(f"  {flat(name, 60)} = {flat(value, 300)}")
+            room -= len(lines[-1])
+        if room < 0:
+            return [*lines[:-1], f"  more variables{CUT}"]
+    return lines
+
+
+def trace_lines(link, marked):
+    """Yield the lines of an exception's trace, the oldest call first, library frames folded."""
+    for is_library, run in fold(link["frames"], marked):
+        if is_library:
+            yield f"[{len(run)} library frame{'s' if len(run) > 1 else ''}]"
+            continue
+        for frame in run:
+            yield flat(place(frame), 300)
+            if frame is link["own"]:
+                for number, line, is_crash in source_lines(frame, 3):
+                    shown = source_line(line, is_crash and frame["colno"])
+                    yield f"{'>' if is_crash else ' '} {number or '':>5} | {shown}".rstrip()
+                yield from variables_by_use(frame)
+            elif frame["context_line"]:
+                yield "    " + source_line(frame["context_line"], frame["colno"]).strip()
+
+
+def error_page(error, body):
+    """Return what the page and the text form of an error show, of what `detail` takes."""
+    payload = load(body)
+    parsed = parse_detail(payload)
+    clues = parse_clues(payload)
+    chain = chain_of(error, parsed, clues)
+    marked = any(frame["in_app"] for link in chain for frame in link["frames"])
+    why = no_trace(error, parsed["stacktrace"])
+    return {"error": error | parsed, "clues": clues, "chain": chain, "marked": marked, "why": why}
+
+
+def error_text(error, body, url):
+    """Return an error as text, the most useful part first. `url` is its whole address."""
+    words = render_template("error.txt", **error_page(error, body), url=url)
+    head, *sections = words.strip("\n").split("\n\n")
+    sizes = []
+    rules = []
+    for section in sections:
+        rules.append(next(SECTIONS[name] for name in SECTIONS if section.startswith(name)))
+        sizes.append(min(len(section), rules[-1][0]) + 2)
+    room = TEXT_LENGTH - len(head) - len(url)
+    shown = [head]
+    left_out = []
+    for index, section in enumerate(sections):
+        free = room - sum(sizes[index + 1 :])
+        part = cut_section(section, min(room, max(sizes[index], free)) - 2, rules[index][1])
+        if part != section:
+            left_out.append(re.split("[:(]", section)[0].strip())
+        if part:
+            shown.append(part)
+            room -= len(part) + 2
+    text_form = "\n\n".join(shown)
+    if CUT in text_form:
+        left_out.append("long values (…)")
+    if left_out:
+        parts = ", ".join(dict.fromkeys(left_out))
+        text_form += f"\n\nleft out: parts of {parts}; whole: {url}/payload"
+    return text_form.replace(CUT, "…") + "\n"
+
+
+def cut_section(section, room, first):
+    """Return a section cut to `room` characters, by lines after the `first`, or else its last."""
+    if len(section) <= room:
+        return section
+    lines = section.split("\n")
+    number = len(lines)
+    size = len(section) + 30  # with the words about what was left out
+    while size > room and len(lines) > (first or 1):
+        size -= len(lines.pop(first or -1)) + 1
+    if size > room or len(lines) == 1:
+        return ""
+    lines.insert(first or number, f"  [{number - len(lines)} lines left out]")
+    return "\n".join(lines)
+
+
+def list_text(lines, next_url, nothing="no errors"):
+    """Return a list as text, a line each, with the address of the next page if there is one."""
+    shown = list(lines) or [nothing]
+    if next_url:
+        shown.append(f"next: {next_url}")
+    return "\n".join(shown) + "\n"
+
+
+def error_line(row):
+    """Return the line of an error in a list."""
+    told = (row["received_at"], row["level"], row["project_slug"], row["title"], row["culprit"])
+    return f"#{row['id']} {flat(' '.join(filter(None, told)), 300)}".replace(CUT, "…")
+
+
+def issue_line(row):
+    """Return the line of an issue in a list. Its number is that of its newest error."""
+    name = row["short_id"] or row["issue_id"]
+    told = filter(None, (name, row["level"], row["project_slug"], row["title"], row["culprit"]))
+    seen = f"count {row['count']}, last seen {row['last_seen']}"
+    return f"#{row['newest']} {seen}: {flat(' '.join(told), 300)}".replace(CUT, "…")
+
+
+PAGE_FILTERS = {
+    each.__name__: each
+    for each in (visible, flat, as_words, fold, place, source_lines, trace_lines)
+}
+
+
+# --------------------------------------------------------------------------------------------------
+# Web: thin routes, which read the request, call down and reply
+# --------------------------------------------------------------------------------------------------
+
+web = Blueprint("web", __name__, cli_group=None)
+TEMPLATES = Path(__file__).with_name("templates")
+STYLE = (TEMPLATES / "style.css").read_text(encoding="utf-8")
+STYLE_DIGEST = base64.b64encode(hashlib.sha256(STYLE.encode()).digest()).decode()
+HEADERS = {  # of every reply: they keep hostile text harmless, and replies out of shared caches
+    "Content-Security-Policy": f"default-src 'none'; style-src 'sha256-{STYLE_DIGEST}'; "
+    "img-src data:; form-action 'self'; base-uri 'none'; frame-ancestors 'none'",
+    "X-Content-Type-Options": "nosniff",
+    "X-Robots-Tag": "noindex",
+    "Referrer-Policy": "no-referrer",
+    "Cache-Control": "private, no-cache",
+    "Vary": "Accept, Authorization",
+}
+FORMS = {  # media types by form, those preferred where Accept names several alike first
+    "json": ("application/json",),
+    "text": ("text/plain", "text/markdown"),
+    "html": ("text/html",),
+    "ndjson": ("application/x-ndjson",),
+}
+ROWS = {"json": (100, 1000), "text": (100, 1000), "html": (50, 250)}  # default and most of a list
+LISTS = {  # what selects and shapes the rows of a list, its filters and its template
+    "errors": (select_errors, summary, error_line, FILTERS, "list.html"),
+    "issues": (select_issues, issue, issue_line, ISSUE_FILTERS, "issues.html"),
+}
+LATEST_SECONDS = 0.7  # longest search for one error
+EXPORT_ROWS = 100  # rows that an export reads at a time
+RETRY_AFTER = "5"  # seconds, with a 503
+REPLY_BYTES = 1024  # bytes of a refusal that Sentry keeps for the integration's owner to read
+UNSAFE = re.compile(r"[^\w.:/-]", re.ASCII)  # what could end a log line or pass for another
+STATUSES = {"stored": 201, "duplicate": 200, "queued": 202}  # of the reply, by outcome
+SECRET_CURE = "set SENTRY_CLIENT_SECRET to the Client Secret of the integration that sends"
+SENDER_CURE = "point only Sentry's webhooks here"
+# What deliveries are counted under: the status of a refusal, what is wrong, and what to do.
+REASONS = {
+    "too large": (413, "The delivery is longer than {} bytes", "raise MAX_BODY_BYTES to take it"),
+    "cut short": (
+        400,
+        "The delivery broke off before all of it had come",
+        "look at the proxy in between, which ends requests too early",
+    ),
+    "signature missing": (
+        401,
+        "The Sentry-Hook-Signature header is missing",
+        "send by an internal integration, which signs; the legacy WebHooks plugin cannot, it needs "
+        "SENTRY_CLIENT_SECRET unset",
+    ),
+    "signature wrong": (401, "The Sentry-Hook-Signature is wrong", SECRET_CURE),
+    "sent by a web page": (
+        403,
+        "A web page has sent this",
+        "post here only by Sentry, or by a program of yours",
+    ),
+    "not UTF-8": (400, "The body is not UTF-8", "send JSON text encoded as UTF-8"),
+    "not JSON": (400, "The body is not JSON ({})", SENDER_CURE),
+    "no object": (400, "The JSON is not an object", SENDER_CURE),
+    "no delivery": (400, "The JSON has neither an 'action' nor a legacy 'event'", SENDER_CURE),
+    "wrong address": (404, "Nothing takes a POST here", "set the integration's Webhook URL to {}"),
+    "disk": (
+        503,
+        "Neither the database nor the spool takes a delivery: {}",
+        "free space on the disk, because Sentry does not send these again",
+    ),
+    "no error": (
+        200,
+        "{} holds no new error",
+        "untick that webhook in Sentry to have fewer of these",
+    ),
+    "action not accepted": (200, "{} is not in SENTRY_ACTIONS", "add it there to take these"),
+    "database locked": (202, "", "end the program that holds its lock; these are in the spool"),
+    "database not writable": (202, "", "see /health; these are in the spool"),
+    "fault of the collector": (202, "", "see the log, and report it; these are in the spool"),
+}
+
+
+def read_number(least, most):
+    """Return the parser of a whole number from `least` to `most` in a query."""
+
+    def parse(value):
+        is_number = re.fullmatch(r"[0-9]{1,19}", value) is not None
+        if not is_number or not least <= int(value) <= most:
+            raise ValueError(f"is not a whole number from {least} to {most}")
+        return int(value)
+
+    return parse
+
+
+read_id = read_number(0, 2**63 - 1)
+PARAMETERS = {name: parse for name, (parse, _) in FILTERS.items()} | {
+    "limit": read_number(1, 1000),
+    "before": read_id,
+    "after": read_id,
+    "format": text,
+}
 
 
 @web.post("/sentry/webhook")
 def receive_webhook():
-    """Take a delivery of Sentry's."""
+    """Take a delivery from Sentry."""
     received_at = now()
-    settings = collector().settings
-    refuse_web_pages()
+    settings = store().settings
+    if request.headers.get("Sec-Fetch-Site") in ("cross-site", "same-site"):
+        raise Refused("sent by a web page")
     body = read_body(settings["MAX_BODY_BYTES"])
-    signature = request.headers.get("Sentry-Hook-Signature", "")
-    check_signature(body, signature, settings["SENTRY_CLIENT_SECRET"])
+    check_signature(body, settings["SENTRY_CLIENT_SECRET"])
     payload = parse_body(body)
     resource = request.headers.get("Sentry-Hook-Resource")
-    ignored = reason_to_ignore(payload, resource, settings["SENTRY_ACTIONS"])
-    if ignored:
-        reason, words = ignored
-        collector().counts.add("ignored", reason)
-        return delivery_reply({"status": "ignored", "reason": words}, 200)
-    outcome, id_ = collector().keep(body, payload, resource, received_at)
+    reason, words = reason_to_ignore(payload, resource, settings["SENTRY_ACTIONS"])
+    if reason:
+        store().count("ignored", reason)
+        return reply_to_delivery({"status": "ignored", "reason": words}, 200)
+    outcome, id_ = store().keep(body, payload, resource, received_at)
     reply = {"status": outcome}
     if id_ is not None:
         reply |= {"id": id_, "url": link(f"/errors/{id_}")}
-    return delivery_reply(reply, STATUSES[outcome])
+    return reply_to_delivery(reply, STATUSES[outcome])
 
 
-def delivery_reply(reply, status):
-    """Log a delivery's outcome. Returns the response, after which maintenance goes on."""
-    log_delivery(reply["status"], reply.get("id", ""), reply.get("reason", ""))
-    response = Response(as_json(reply), status, mimetype=FORMS["json"])
-    if status == 201:
-        response.headers["Location"] = reply["url"]
-    response.call_on_close(collector().maintain)
-    return response
+@web.get("/errors/latest")
+def show_latest():
+    """Show the newest error in full; takes the filters of /errors, format=json|text|html."""
+    filters = read_query(*FILTERS, "format")
+    filters.pop("format", None)
+    walk = select_errors(store().database, filters, 1, LATEST_SECONDS)
+    if walk.rows:
+        return show(walk.rows[0], is_latest=True)
+    if not walk.is_finished:
+        return abort(503, "The search takes too long; narrow it, for example by since=24h.")
+    if filters:
+        return abort(404, "No error matches; /errors lists those there are.")
+    return abort(404, "No error has come in yet; see / for how.")
 
 
-def refuse_web_pages():
-    """Raise Refused if a web page in somebody's browser sends the delivery."""
-    if request.headers.get("Sec-Fetch-Site") in CROSS_SITE:
-        words = "A web page has sent this; only Sentry, or a program of yours, may post here."
-        raise Refused(403, "sent by a web page", words)
+@web.get("/errors/<int:id_>")
+def show_error(id_):
+    """Show one error in full; takes format=json|text|html."""
+    read_query("format")
+    return show(find_row(id_))
+
+
+@web.get("/errors/<int:id_>/payload")
+def show_payload(id_):
+    """Show a delivery as it was received, byte for byte."""
+    read_query()
+    return respond(find_body(find_row(id_)), "json")
+
+
+@web.get("/errors")
+def list_errors():
+    """List summaries of errors, newest first; takes filters, limit, before=<id>, after=<id> (oldest
+    first), format=json|text|html|ndjson (in full, a line each)."""
+    form = choose_form(*FORMS)
+    query = read_query(*FILTERS, "limit", "before", "after", "format")
+    if form == "ndjson":
+        # An export is never cached, nor read whole for a tag.
+        lines = export(store().database, query, link(""))
+        return Response(lines, mimetype=FORMS[form][0])
+    return show_list("errors", form, query)
+
+
+@web.get("/issues")
+def list_issues():
+    """List issues, the most recently seen first; takes filters of their newest error, limit,
+    before=<id>, format=json|text|html."""
+    form = choose_form("json", "text", "html")
+    query = read_query(*ISSUE_FILTERS, "limit", "before", "format")
+    return show_list("issues", form, query)
+
+
+@web.get("/")
+def show_overview():
+    """Show what this service is and what it holds; takes format=json|html."""
+    form = choose_form("json", "html")
+    read_query("format")
+    state = describe_state()
+    about = {
+        "name": "Sentry Error Collector",
+        "version": VERSION,
+        "description": __doc__.partition("\n")[0],
+        "endpoints": describe_endpoints(),
+        "connect": {"webhook_url": whole_link("/sentry/webhook")},
+    }
+    if form == "json":
+        del state["hours"]
+        return respond(as_json(about | state), form)
+    return respond(
+        render_template("overview.html", **about, **state, config=describe_config()), form
+    )
+
+
+@web.get("/config")
+def show_config():
+    """Show the settings without secrets, and how deliveries fare."""
+    read_query("format")
+    state = describe_state()
+    config = describe_config() | {"spooled": state["counts"]["spooled"]}
+    for name in ("deliveries", "last_delivery_at", "problem"):
+        config[name] = state[name]
+    return respond(as_json(config), "json")
+
+
+@web.get("/metrics")
+def show_metrics():
+    """Show counts in the text format of Prometheus."""
+    state = describe_state()
+    seconds = None
+    if state["last_delivery_at"]:
+        seconds = datetime.fromisoformat(state["last_delivery_at"]).timestamp()
+    status, health = describe_health()
+    is_writable = int(status == 200 and health["status"] == "ok")
+    words = render_template(
+        "metrics.txt", **state, last_delivery_seconds=seconds, writable=is_writable
+    )
+    return Response(words, content_type="text/plain; version=0.0.4; charset=utf-8")
+
+
+@web.get("/health")
+def show_health():
+    """Show whether a delivery that comes in now is taken: ok, spooling, or 503."""
+    status, health = describe_health()
+    if status != 200:
+        abort(status, health["problem"])
+    return Response(as_json(health), mimetype=FORMS["json"][0])
+
+
+# What the routes share
+
+
+def store():
+    """Return the Store of the app that serves this request."""
+    return current_app.extensions["collector"]
 
 
 def read_body(limit):
     """Return the request's body (bytes), of any transfer coding.
 
-    Raises Refused if it is too long or cut short.
+    Raises Refused if it is longer than `limit` bytes or cut short.
     """
     length = request.content_length
     if length is not None and length > limit:
-        raise too_large(length, limit)
-    stream = request.environ["wsgi.input"]
+        raise Refused("too large", limit)
+    wanted = limit + 1
+    if length is not None:
+        wanted = length
     try:
-        body = stream.read(limit + 1 if length is None else length)
-    except Exception:  # what gunicorn raises for a chunk that is none, or the connection's fault
-        body = None
-    if body is None or len(body) < (length or 0):
-        words = "The delivery broke off before all of it had come; send it again, faster."
-        raise Refused(400, "cut short", words)
+        body = request.environ["wsgi.input"].read(wanted)
+    except Exception:  # gunicorn has many, for chunks that are none and for broken connections
+        raise Refused("cut short") from None
+    if len(body) < (length or 0):
+        raise Refused("cut short")
     if len(body) > limit:
-        raise too_large(f"more than {limit}", limit)
+        raise Refused("too large", limit)
     return body
 
 
-def too_large(length, limit):
-    """Return the Refused for a delivery of `length` bytes."""
-    words = (
-        f"The delivery has {length} bytes, the limit is {limit}; raise MAX_BODY_BYTES to take it."
-    )
-    return Refused(413, "too large", words)
-
-
-def is_signed(body, given, secrets):
-    """Return True if `given` (bytes) signs a body (bytes) by one of the client secrets."""
-    for secret in secrets:
-        key = secret.encode("utf-8", "surrogateescape")
-        signature = hmac.digest(key, body, "sha256").hex().encode()
-        if hmac.compare_digest(signature, given):
-            return True
-    return False
-
-
-def check_signature(body, signature, secrets):
-    """Raise Refused unless one of `secrets` signs the body, or there are none."""
-    given = signature.encode("utf-8", "replace")
-    if not secrets or is_signed(body, given, secrets):
+def check_signature(body, secrets):
+    """Raise Refused unless one of `secrets` signs the body (bytes), or there are none."""
+    if not secrets:
         return
+    # As bytes, because compare_digest refuses text that is not ASCII.
+    given = request.headers.get("Sentry-Hook-Signature", "").encode("utf-8", "replace")
     if not given:
-        raise Refused(401, "signature missing", MISSING_SIGNATURE)
-    reason, cure = explain_signature(body, given, secrets)
-    raise Refused(401, reason, f"The Sentry-Hook-Signature is wrong: {cure}.")
-
-
-def explain_signature(body, given, secrets):
-    """Return the reason for a wrong signature, to be counted, and its probable cure."""
-    if len(given) != 64:
-        cure = f"it has {len(given)} characters, HMAC-SHA256 in hex has 64; let Sentry sign"
-        return "signature length", cure
-    if is_signed(body, given, [secret.strip() for secret in secrets]):
-        reason = "white space in secret"
-        return reason, CURES[reason]
-    if is_signed(body, given, [secret.strip(" \t\"'") for secret in secrets]):
-        reason = "quotes around secret"
-        return reason, CURES[reason]
-    if len(body) <= EXPLAIN_BYTES and is_signed(as_sentry_writes(body), given, secrets):
-        cure = "a proxy in between rewrote the body; make it pass the bytes on as they are"
-        return "body rewritten", cure
-    return "signature wrong", SECRET_CURE
-
-
-def as_sentry_writes(body):
-    """Return the JSON of a body in the bytes that Sentry would send, or the body if it is none."""
-    try:
-        return json.dumps(json.loads(body), separators=(",", ":")).encode()
-    except (ValueError, RecursionError):
-        return body
+        raise Refused("signature missing")
+    for secret in secrets:
+        signature = hmac.digest(secret.encode("utf-8", "surrogateescape"), body, "sha256")
+        if hmac.compare_digest(signature.hex().encode(), given):
+            return
+    raise Refused("signature wrong")
 
 
 def reason_to_ignore(payload, resource, accepted):
-    """Return why a delivery is not stored, as (reason to count, words), or None if it is stored."""
+    """Return the reason for which a delivery is not stored, None if it is, and words about it."""
     action = text(payload.get("action"))
     shown = ascii(cut(action, 40))
     if find_error(payload) is None:
         kind = UNSAFE.sub("?", resource or "unknown")[:40]
-        return "no error", f"resource {kind} with action {shown} holds no new error"
+        return "no error", tell("no error", f"resource {kind} with action {shown}")
     if action is None or action in accepted:
-        return None
-    words = f"action {shown} is not in SENTRY_ACTIONS"
+        return None, ""
+    words = tell("action not accepted", f"action {shown}")
     if action in ACTIONS:
-        words += f"; SENTRY_ACTIONS={','.join(accepted)},{action} takes it"
+        words += f", SENTRY_ACTIONS={','.join([*accepted, action])}"
     return "action not accepted", words
 
 
-def log_delivery(*outcome):
+def tell(reason, detail):
+    """Return what is wrong with a delivery and what to do, as one sentence without a stop."""
+    _, fault, cure = REASONS[reason]
+    return f"{fault}; {cure}".replace("{}", str(detail))
+
+
+def reply_to_delivery(reply, status):
+    """Log a delivery's outcome, and return the response to it."""
+    log_delivery(f"{reply['status']} {reply.get('id', '')}{reply.get('reason', '')}".rstrip())
+    response = Response(as_json(reply), status, mimetype=FORMS["json"][0])
+    if status == 201:
+        response.headers["Location"] = reply["url"]
+    return response
+
+
+def log_delivery(outcome):
     """Log a line about a delivery, with nothing of its content."""
     ids = []
     for name in ("Sentry-Hook-Resource", "Request-ID"):
         ids.append(UNSAFE.sub("?", request.headers.get(name, "-"))[:40])
     milliseconds = (time.monotonic() - g.started) * 1000
-    log.info("webhook %s; %s; %.0f ms", joined(*outcome), joined(*ids), milliseconds)
+    log.info("webhook %s; %s; %.0f ms", outcome, " ".join(ids), milliseconds)
 
 
 def caller():
     """Return the address of the client, and of those whom a proxy names, for a log line."""
     forwarded = request.headers.get("X-Forwarded-For", "").replace(",", " ")
-    addresses = joined(request.remote_addr or "a-socket", forwarded).split()
+    addresses = f"{request.remote_addr or 'a-socket'} {forwarded}".split()
     return " ".join(UNSAFE.sub("?", address) for address in addresses)[:100]
 
 
-# What all requests share
+last_lines = {}  # monotonic time of the last line, by format
+
+
+def log_seldom(form, *values):
+    """Log a line of this form at most once a second, because strangers can cause it."""
+    if time.monotonic() > last_lines.get(form, -math.inf) + 1:
+        last_lines[form] = time.monotonic()
+        log.warning(form, *values)
 
 
 @web.before_app_request
@@ -2992,13 +2565,12 @@ def start_clock():
 @web.before_request
 def guard_reading():
     """Let only those read who know API_TOKEN and name a trusted host, where these are set."""
-    if request.endpoint in ("web.receive_webhook", "web.show_health", "web.show_robots"):
+    if request.endpoint in ("web.receive_webhook", "web.show_health"):
         return
-    settings = collector().settings
-    hosts = settings["TRUSTED_HOSTS"]
+    hosts = store().settings["TRUSTED_HOSTS"]
     if hosts and not is_trusted(request.headers.get("Host", ""), hosts):
         abort(400, "This Host is not in TRUSTED_HOSTS; use one that is, or add it there.")
-    token = settings["API_TOKEN"]
+    token = store().settings["API_TOKEN"]
     if token and not knows_token(token):
         log_seldom("refused a reader without API_TOKEN, from %s", caller())
         words = "send 'Authorization: Bearer <token>', or the token as Basic password"
@@ -3020,525 +2592,242 @@ def knows_token(token):
         return False
     if authorization is None:
         return False
-    given = authorization.token if authorization.type == "bearer" else authorization.password
-    given = (given or "").encode("utf-8", "replace")
-    return hmac.compare_digest(given, token.encode("utf-8", "surrogateescape"))
-
-
-last_lines = {}  # monotonic time of the last line, by format
-
-
-def log_seldom(form, *values):
-    """Log a line of this form at most once a second, because strangers can cause it."""
-    if time.monotonic() > last_lines.get(form, -math.inf) + 1:
-        last_lines[form] = time.monotonic()
-        log.warning(form, *values)
-
-
-def link(path):
-    """Return the address of a path here: a whole one if PUBLIC_URL is set, else a path."""
-    return (collector().settings["PUBLIC_URL"] or request.script_root) + path
-
-
-def whole_link(path):
-    """Return the whole address of a path here, by PUBLIC_URL or by what the request says."""
-    if collector().settings["PUBLIC_URL"]:
-        return link(path)
-    # Werkzeug takes a host with an underscore, as compose services may have, for none.
-    host = re.sub(r"[^\w.:\[\]-]", "", request.headers.get("Host", "localhost"))
-    return f"{scheme()}://{host}{request.script_root}{path}"
+    given = authorization.password or ""
+    if authorization.type == "bearer":
+        given = authorization.token or ""
+    return hmac.compare_digest(given.encode("utf-8", "replace"), token.encode())
 
 
 def scheme():
-    """Return http or https, as the nearest proxy says, else as the request came."""
+    """Return http or https, as the nearest proxy says or else as the request came."""
     sent = request.headers.get("X-Forwarded-Proto", "").rpartition(",")[2].strip().lower()
     if sent in ("http", "https"):
         return sent
     return request.scheme
 
 
+def link(path):
+    """Return the address of a path here: a whole one if PUBLIC_URL is set, else a path."""
+    return (store().settings["PUBLIC_URL"] or request.script_root) + path
+
+
+def whole_link(path):
+    """Return the whole address of a path here, by PUBLIC_URL or by what the request says."""
+    if store().settings["PUBLIC_URL"]:
+        return link(path)
+    host = re.sub(r"[^\w.:\[\]-]", "", request.headers.get("Host", "localhost"))
+    return f"{scheme()}://{host}{link(path)}"
+
+
+def this_page(**changes):
+    """Return the path of this page with changed parameters, None taking one out."""
+    parameters = request.args.to_dict() | changes
+    query = urlencode({name: value for name, value in parameters.items() if value is not None})
+    return f"{request.path.rstrip('/')}?{query}"
+
+
 def choose_form(*forms):
-    """Return the form to reply in: what ?format= says, else what the Accept header prefers.
-
-    The first of `forms` is replied in where the client does not say; earlier ones are preferred to
-    later ones that it names alike.
-    """
+    """Return the form to reply in: what ?format= says, else what the Accept header prefers."""
     asked = request.args.get("format")
-    if asked and asked not in forms:
-        abort(400, f"format={ascii(asked[:40])} is unknown here; use one of {', '.join(forms)}.")
-    return asked or max(forms, key=preference)
-
-
-def preference(form):
-    """Return how much the client prefers a form: the quality, and how exactly Accept names it."""
-    types = {FORMS[form], "text/markdown"} if form == "text" else {FORMS[form]}
-    group = FORMS[form].partition("/")[0] + "/*"
-    accepted = [(0, 0)]
-    for media_range, quality in request.accept_mimetypes:
-        name = media_range.partition(";")[0].strip().lower()
-        if name in types:
-            accepted.append((3, quality))
-        elif name == group:
-            accepted.append((2, quality))
-        elif name == "*/*":
-            accepted.append((1, quality))
-    exactness, quality = max(accepted)
-    return quality, exactness if quality else 0
+    if asked:
+        if asked not in forms:
+            abort(400, f"format={ascii(asked[:40])} is unknown here; use {', '.join(forms)}.")
+        return asked
+    types = {media_type: form for form in forms for media_type in FORMS[form]}
+    # Without parameters such as a charset, which Werkzeug would compare.
+    accepted = [(name.partition(";")[0], quality) for name, quality in request.accept_mimetypes]
+    return types[MIMEAccept(accepted).best_match(types, default=FORMS["json"][0])]
 
 
 def read_query(*names):
-    """Return the query string as a dict without empty values.
+    """Return the values of the query's parameters by name, without the empty ones.
 
-    Aborts with 400 on an unknown name or a repeat.
+    Aborts with 400 on an unknown name, a repeat or a bad value.
     """
+    query = {}
     for name, values in request.args.lists():
         if name not in names:
             known = ", ".join(names) or "none"
             abort(400, f"The parameter {ascii(name[:40])} is unknown here; known are {known}.")
         if len(values) > 1:
             abort(400, f"The parameter {name} is given {len(values)} times; give it once.")
-    query = {name: clean(value.strip()) for name, value in request.args.items()}
-    return {name: value for name, value in query.items() if value}
+        value = clean(values[0].strip())
+        if not value:
+            continue
+        try:
+            query[name] = PARAMETERS[name](value)
+        except ValueError as error:
+            abort(400, f"{name}={ascii(value[:40])} {error}.")
+    return query
 
 
-def read_number(query, name, least, most):
-    """Return a whole number of the query, or None.
-
-    Aborts with 400 if it is another thing or out of bounds.
-    """
-    value = query.get(name)
-    if value is None:
-        return None
-    is_number = re.fullmatch(r"[0-9]{1,19}", value) is not None
-    if not is_number or not least <= int(value) <= most:
-        abort(400, f"{name}={ascii(value[:40])} is not a whole number from {least} to {most}.")
-    return int(value)
-
-
-def read_time(query, name):
-    """Return a time of the query as ISO 8601, or None.
-
-    It is given as ISO 8601, as Unix seconds, or as long ago as 15m, 24h, 7d or 2w. Aborts with 400
-    if it is none of these.
-    """
-    value = query.get(name)
-    if value is None:
-        return None
-    ago = re.fullmatch(r"([0-9]{1,6})([mhdw])", value)
-    if ago:
-        minutes = int(ago[1]) * {"m": 1, "h": 60, "d": 1440, "w": 10080}[ago[2]]
-        parsed = moment(max(time.time() - minutes * 60, 0))
-    elif re.fullmatch(r"[0-9]{9,11}(\.[0-9]{1,9})?", value):
-        parsed = moment(float(value))
-    else:
-        # A plus that is not encoded comes as a blank.
-        parsed = moment(re.sub(r"(:[0-9.]+) ([0-9:]+)$", r"\1+\2", value.upper()))
-    if parsed is None:
-        forms = "ISO 8601, as 2026-01-31T12:00:00Z, Unix seconds, or 15m, 24h, 7d, 2w"
-        abort(400, f"{name}={ascii(value[:40])} is not a time; use {forms}.")
-    return in_microseconds(datetime.fromisoformat(parsed))
-
-
-def read_filters(query):
-    """Return the filters of a query as Storage takes them. Aborts with 400 on a bad one."""
-    filters = {name: query.get(name) for name in (*FACETS, "event", "q")}
-    filters |= {name: read_time(query, name) for name in ("since", "until")}
-    filters |= {name: read_number(query, name, 0, 2**63 - 1) for name in ("before", "after")}
-    filters = {name: value for name, value in filters.items() if value is not None}
-    if "level" in filters:
-        filters["level"] = re.sub(r"\s*,\s*", ",", filters["level"])
-    for level in filters.get("level", "error").split(","):
-        if level not in LEVELS:
-            known = ", ".join(LEVELS)
-            abort(400, f"level={ascii(level[:40])} is unknown; use {known}, comma-separated.")
-    count = len(words_of(filters.get("q", "")))
-    if count > QUERY_WORDS:
-        abort(400, f"q has {count} words, the limit is {QUERY_WORDS}; search for fewer.")
-    event_id = filters.get("q", "").replace("-", "").lower()
-    if re.fullmatch(r"[0-9a-f]{32}", event_id):
-        del filters["q"]
-        filters["event"] = event_id
-    return filters
-
-
-def reader(filters):
-    """Return a connection and the filters, narrowed, for a search that leaves no error out."""
-    database = collector().database
-    if match_expression(filters):
-        complete_index(database)
-    connection = database.reader()
-    return connection, narrow(connection, filters)
-
-
-def answer(form, state, render, next_page=None):
-    """Reply in a form with what `render` returns, or with 304 to a client that has it.
-
-    `state` is what tells the reply from others of the same address and form.
-    """
-    address = [request.headers.get("Host"), scheme(), link(request.full_path)]
-    parts = as_json([STAMP, form, *address, *state])
-    etag = hashlib.sha256(parts.encode()).hexdigest()[:32]
-    if request.if_none_match.contains_weak(etag):
-        response = Response(status=304)
-    else:
-        response = Response(render(), mimetype=FORMS[form])
-    response.set_etag(etag)
-    if next_page:
-        response.headers["Link"] = f'<{link(next_page)}>; rel="next"'
-    return response
-
-
-# Reading
-
-ERROR_QUERY = (*FILTERS, "limit", "before", "after", "format", "refresh")  # parameters of /errors
-ISSUE_FILTERS = "q", "project", "level", "category", "server", "issue", "since", "until"
-LIST_FIELDS = ("q", *FACETS, "event", "since", "until")  # of the form of filters
-# Rows of a list in a form, by default and at most; a page of more would take a tenth of a second.
-ROWS = {"json": (100, 1000), "text": (100, 1000), "html": (50, 250), "atom": (50, 50)}
-OVERVIEW_ROWS = 5000  # errors of which a page has the chart, and counts of their values
-FREE_STEP = 64 * 1024 * 1024  # bytes in whose multiples the free space of the disk is told
-FACETS_SHOWN = "project", "level", "release", "environment"  # filters whose values a list counts
-
-
-def minute():
-    """Return what a page changes with that says how long ago things were."""
-    return int(time.time() // 60)
-
-
-def read_limit(query, form):
-    """Return how many rows a list in a form may have, None for all, as an export may."""
-    limit = read_number(query, "limit", 1, 1000)
-    if form == "ndjson":
-        return limit
+def show_list(kind, form, query):
+    """Reply with a page of a list, errors or issues."""
+    select, shape, as_line, fields, template = LISTS[kind]
     default, most = ROWS[form]
-    return min(limit or default, most)
+    limit = min(query.get("limit", default), most)
+    filters = {name: query[name] for name in query if name not in ("limit", "format")}
+    walk = select(store().database, filters, limit)
+    following = next_page(walk, query)
+    if form == "text":
+        lines = [as_line(row) for row in walk.rows]
+        address = following and whole_link(following)
+        return respond(list_text(lines, address, f"no {kind}"), form, following)
+    items = [shape(row, link("")) for row in walk.rows]
+    if form == "json":
+        return respond(as_json(items), form, following)
+    page = {
+        "newer": None,
+        "older": following and link(following),
+        "is_part": not walk.is_finished and len(items) < limit,
+        "query": request.args.to_dict(),
+        "fields": list(fields),
+    }
+    if "after" in query:
+        items.reverse()
+        page["newer"] = link(following)
+        page["older"] = items and link(this_page(after=None, before=items[-1]["id"]))
+    elif "before" in query and kind == "errors" and items:
+        page["newer"] = link(this_page(before=None, after=items[0]["id"]))
+    return respond(render_template(template, **{kind: items}, **page), form, following)
 
 
-@web.get("/errors/latest")
-def show_latest():
-    """Show the newest error in full."""
-    form = choose_form("json", "text", "html")
-    query = read_query(*FILTERS, "format", "refresh")
-    refresh = read_number(query, "refresh", 5, 3600)
-    filters = read_filters(query)
-    connection, narrowed = reader(filters)
-    rows, _ = select_errors(connection, narrowed, 1)
-    if rows:
-        within = {name: value for name, value in query.items() if name in FILTERS}
-        return show(connection, rows[0], form, within, refresh)
-    if filters:
-        abort(404, "No error matches; /errors lists those there are.")
-    return abort(404, "No error has come in yet; see / for how.")
+def next_page(walk, query):
+    """Return the path where a list goes on, None at its end."""
+    if "after" in query:  # a poller goes on for ever
+        return this_page(after=walk.last_id)
+    if walk.is_finished:
+        return None
+    return this_page(before=walk.last_id)
 
 
-@web.get("/errors/<int:id_>")
-def show_error(id_):
-    """Show one error in full. `within` is the query of the list whose neighbours its page shows."""
-    form = choose_form("json", "text", "html")
-    query = read_query("format", "within")
-    within = dict(parse_qsl(query.get("within", "")))
-    within = {name: clean(value) for name, value in within.items() if name in FILTERS}
-    connection, _ = reader(read_filters(within))
-    return show(connection, find_row(connection, id_), form, within)
+def respond(content, form, following=None):
+    """Reply with content in a form, or with 304 to a client that has it.
+
+    `following` is the path of the next page.
+    """
+    response = Response(content, mimetype=FORMS[form][0])
+    if following:
+        response.headers["Link"] = f'<{link(following)}>; rel="next"'
+    response.set_etag(hashlib.sha256(response.data + str(following).encode()).hexdigest()[:32])
+    return response.make_conditional(request)
 
 
-@web.get("/errors/<int:id_>/payload")
-def show_payload(id_):
-    """Show a delivery as it was received, byte for byte."""
-    read_query()
-    connection = collector().database.reader()
-    row = find_row(connection, id_)
-    return answer("json", [id_, row["received_at"]], lambda: find_body(connection, row))
-
-
-def find_row(connection, id_):
+def find_row(id_):
     """Return an error's row. Aborts with 404 if there is none."""
-    row = select_error(connection, id_) if id_ < 2**63 else None
+    row = None
+    if id_ < 2**63:
+        with store().database.reader() as connection:
+            row = select_error(connection, id_)
     if row is None:
-        abort_missing(id_)
+        abort(404, f"There is no error {str(id_)[:20]}; /errors lists those there are.")
     return row
 
 
-def find_body(connection, row):
+def find_body(row):
     """Return the body of a row's delivery (bytes). Aborts with 404 if it was deleted meanwhile."""
-    body = select_body(connection, row["id"])
+    with store().database.reader() as connection:
+        body = select_body(connection, row["id"])
     if body is None:
-        abort_missing(row["id"])
+        abort(404, f"Error {row['id']} has just been deleted; /errors lists those there are.")
     return body
 
 
-def abort_missing(id_):
-    """Abort with 404 for an error that is not there."""
-    abort(404, f"There is no error {str(id_)[:20]}; /errors lists those there are.")
-
-
-def show(connection, row, form, within, refresh=None):
-    """Reply with one error in full. `within` are the filters of the list that its page stays in."""
-    error = summary(row, link("")) | {"occurrences": select_occurrences(connection, row)}
-    state = [error]
-    if form == "html":
-        page = neighbours(connection, row, within) | {"refresh": refresh, "latest_url": None}
-        if request.path.startswith("/errors/latest"):
-            turned = None if refresh else 30
-            page["latest_url"] = list_link(within, "/errors/latest", refresh=turned)
-        state += [page, minute()]
-
-    def render():
-        body = find_body(connection, row)
-        if form == "json":
-            return as_json(detail(row, body, error["occurrences"], link("")))
-        if form == "text":
-            url = whole_link(f"/errors/{row['id']}")
-            return error_text(error, body, url if len(url) <= URL_LENGTH else error["url"])
-        return render_template("detail.html", **error_page(error, body), **page)
-
-    return answer(form, state, render)
-
-
-def neighbours(connection, row, within):
-    """Return what the page of an error shows of others: its neighbours, and its issue's."""
-    filters = narrow(connection, read_filters(within))
-    newer = find_errors(
-        connection, filters | {"after": row["id"]}, ["errors.id"], 1, oldest_first=True
-    ).fetchone()
-    older = find_errors(connection, filters | {"before": row["id"]}, ["errors.id"], 1).fetchone()
-    page = {
-        "within": within,
-        "newer": newer and error_link(newer["id"], within),
-        "older": older and error_link(older["id"], within),
-        "siblings": [],
-        "issue_url": None,
-    }
-    if row["issue_id"]:
-        same = {"issue": row["issue_id"]}
-        if row["server"]:
-            same["server"] = row["server"]
-        rows, _ = select_errors(connection, same, 11)
-        page["siblings"] = [list_item(other, same) for other in rows if other["id"] != row["id"]]
-        page["issue_url"] = list_link(same)
-    return page
-
-
-def error_link(id_, within):
-    """Return the address of an error's page, which stays within the list with such filters."""
-    path = f"/errors/{id_}"
-    if within:
-        path += "?" + urlencode({"within": urlencode(within)})
-    return link(path)
-
-
-def list_item(row, within):
-    """Return an error for a table on a page, `within` being the filters of its list."""
-    return summary(row) | {"url": error_link(row["id"], within)}
-
-
-@web.get("/errors")
-def list_errors():
-    """List errors: a page of summaries, a feed or, as NDJSON, all of them in full."""
-    form = choose_form("json", "text", "html", "ndjson", "atom")
-    query = read_query(*ERROR_QUERY)
-    limit = read_limit(query, form)
-    read_number(query, "refresh", 5, 3600)
-    filters = read_filters(query)
-    connection, narrowed = reader(filters)
-    if form == "ndjson":
-        state = select_extent(connection)
-        if "since" in filters or "until" in filters:
-            state = [now()]  # what is in a period changes by the clock alone
-        return answer(form, state, lambda: export(collector().database, narrowed, limit, link("")))
-    oldest_first = "after" in filters
-    rows, has_more = select_errors(connection, narrowed, limit, oldest_first)
-    if form == "text":
-        rows, has_more = fit_rows(rows, has_more, error_line)
-    next_page = None
-    if has_more:
-        direction = "after" if oldest_first else "before"
-        next_page = list_path(query, **{direction: rows[-1]["id"]})
-    if form == "html":
-        page = list_page(connection, query, narrowed, rows, has_more)
-        state = [page, minute()]
-    else:
-        errors = [summary(row, link("")) for row in rows]
-        state = [errors, has_more]
-
-    def render():
-        if form == "json":
-            return as_json(errors)
-        if form == "text":
-            lines = [error_line(row) for row in rows]
-            return list_text(lines, next_page and whole_link(next_page), "no errors")
-        if form == "atom":
-            return render_template("feed.xml", errors=errors, query=query).replace(CUT, "…")
-        return render_template("list.html", **page)
-
-    return answer(form, state, render, next_page)
-
-
-def list_path(query, path="/errors", **changes):
-    """Return the path of a list for a query with changes, None taking a parameter out."""
-    changed = query | changes
-    parameters = urlencode({name: value for name, value in changed.items() if value is not None})
-    return path + (f"?{parameters}" if parameters else "")
-
-
-def list_link(query, path="/errors", **changes):
-    """Return the address of a list for a query with changes, see list_path."""
-    return link(list_path(query, path, **changes))
-
-
-def without(query, *names):
-    """Return a query without some of its parameters."""
-    return {name: value for name, value in query.items() if name not in names}
-
-
-def list_page(connection, query, filters, rows, has_more):
-    """Return what the page of a list shows."""
-    oldest_first = "after" in filters
-    has_newer = "before" in filters
-    has_older = has_more
-    if oldest_first:
-        rows = rows[::-1]
-        has_newer = has_more
-        has_older = True
-    plain_query = without(query, "before", "after")
-    within = {name: value for name, value in query.items() if name in FILTERS}
-    seen = select_overview(connection, without(filters, "before", "after"), OVERVIEW_ROWS)
-    facets = {}
-    for name in FACETS_SHOWN:
-        facets[name] = count_values(name, [row[name] for row in seen], plain_query)
-    bars = chart([row["received_at"] for row in seen])
-    for bar in bars["bars"] if bars else []:
-        bar["url"] = list_link(plain_query, since=bar["since"], until=bar["until"])
-    return {
-        "errors": [list_item(row, within) for row in rows],
-        "query": query,
-        "fields": LIST_FIELDS,
-        "refresh": query.get("refresh"),
-        "filtered": bool(within),
-        "newer": list_link(plain_query, after=rows[0]["id"]) if rows and has_newer else None,
-        "older": list_link(plain_query, before=rows[-1]["id"]) if rows and has_older else None,
-        "chart": bars,
-        "seen": len(seen),
-        "has_unseen": len(seen) == OVERVIEW_ROWS,
-        "facets": facets,
-    }
-
-
-def count_values(name, values, query):
-    """Return the eight most frequent values of a filter as (value, count, address of the list)."""
-    counts = Counter(value for value in values if value)
-    return [
-        (value, count, list_link(query, **{name: value})) for value, count in counts.most_common(8)
-    ]
-
-
-def export(database, filters, limit, base):
-    """Yield errors in full, a line each, in reads so short that they stand in nobody's way."""
-    oldest_first = "after" in filters
-    left = limit or math.inf
-    has_more = True
-    while has_more and left > 0:
-        count = int(min(left, 100))
-        rows, has_more = select_errors(database.reader(), filters, count, oldest_first)
-        counted = {}  # occurrences by issue, of this read only
-        for row in rows:
-            connection = database.reader()
-            body = select_body(connection, row["id"])
-            if body is None:  # deleted meanwhile
-                continue
-            key = (row["issue_id"], row["server"])
-            if key not in counted:
-                counted[key] = select_occurrences(connection, row)
-            yield as_json(detail(row, body, counted[key], base))
-        left -= len(rows)
-        if rows:
-            filters = filters | {"after" if oldest_first else "before": rows[-1]["id"]}
-
-
-@web.get("/issues")
-def list_issues():
-    """List issues, the most recently seen first."""
+def show(row, is_latest=False):
+    """Reply with one error in full."""
     form = choose_form("json", "text", "html")
-    query = read_query(*ISSUE_FILTERS, "limit", "before", "format", "refresh")
-    limit = read_limit(query, form)
-    refresh = read_number(query, "refresh", 5, 3600)
-    filters = read_filters(query)
-    database = collector().database
-    if "q" in filters:
-        complete_index(database)
-    rows, has_more = select_issues(database.reader(), filters, limit)
+    body = find_body(row)
+    with store().database.reader() as connection:
+        occurrences = select_occurrences(connection, row)
+    error = summary(row, link("")) | {"occurrences": occurrences}
+    if form == "json":
+        return respond(as_json(detail(error, body)), form)
     if form == "text":
-        rows, has_more = fit_rows(rows, has_more, issue_line)
-    issues = [issue(row, link("")) for row in rows]
-    next_page = None
-    if has_more:
-        next_page = list_path(query, "/issues", before=rows[-1]["newest"])
-    state = [issues, has_more]
-    if form == "html":
-        state.append(minute())
+        return respond(error_text(error, body, whole_link(f"/errors/{row['id']}")), form)
+    page = error_page(error, body) | {"is_latest": is_latest, "issue_url": None}
+    if row["issue_id"]:
+        page["issue_url"] = issue_link(row, link(""))
+    for name in ("text", "json"):
+        page[f"{name}_url"] = f"{error['url']}?format={name}"
+    page["payload_url"] = f"{error['url']}/payload"
+    return respond(render_template("detail.html", **page), form)
 
-    def render():
-        if form == "json":
-            return as_json(issues)
-        if form == "text":
-            lines = [issue_line(row) for row in rows]
-            return list_text(lines, next_page and whole_link(next_page), "no issues")
-        page = {"issues": issues, "query": query, "fields": ISSUE_FILTERS, "refresh": refresh}
-        page["older"] = next_page and link(next_page)
-        return render_template("issues.html", filtered=bool(without(filters, "before")), **page)
 
-    return answer(form, state, render, next_page)
+def export(database, query, base):
+    """Yield errors in full, a line each, in reads so short that they stand in nobody's way."""
+    filters = {name: query[name] for name in query if name not in ("limit", "format")}
+    direction = "before"
+    if "after" in query:
+        direction = "after"
+    left = query.get("limit", math.inf)
+    is_finished = False
+    while left > 0 and not is_finished:
+        walk = select_errors(database, filters, int(min(left, EXPORT_ROWS)))
+        counted = {}  # occurrences by issue, of these rows only
+        for row in walk.rows:
+            key = (row["issue_id"], row["server"])
+            with database.reader() as connection:
+                body = select_body(connection, row["id"])
+                if key not in counted:
+                    counted[key] = select_occurrences(connection, row)
+            if body is not None:  # else it was deleted meanwhile
+                yield as_json(detail(summary(row, base) | {"occurrences": counted[key]}, body))
+        left -= len(walk.rows)
+        is_finished = walk.is_finished
+        filters[direction] = walk.last_id
+
+
+def describe_endpoints():
+    """Return what each route does, the first words of its docstring, by method and path."""
+    endpoints = {}
+    for rule in current_app.url_map.iter_rules():
+        method = min(rule.methods - {"HEAD", "OPTIONS"})
+        path = rule.rule.replace("int:id_", "id")
+        words = current_app.view_functions[rule.endpoint].__doc__
+        endpoints[f"{method} {path}"] = " ".join(words.split())
+    return endpoints
 
 
 def describe_state():
     """Return what the database and the spool hold, and why if the database cannot be read."""
-    shared = collector()
+    database = store().database
     state = {
-        "counts": {"errors": None, "spooled": len(shared.spool.names())},
+        "counts": {"errors": None, "spooled": len(store().spool.names())},
         "newest": None,
         "oldest": None,
-        "last_delivery_at": None,
-        "last_refusal": None,
         "deliveries": [],
+        "last_delivery_at": None,
         "database_bytes": None,
         "free_bytes": None,
+        "hours": [],
         "problem": None,
     }
     try:
-        free = free_bytes(shared.database.path.parent)
-        state["free_bytes"] = free // FREE_STEP * FREE_STEP  # or each byte would change the tag
-        connection = shared.database.reader()
-        state["counts"]["errors"] = count_errors(connection)
-        newest, _ = select_errors(connection, {}, 1)
-        oldest, _ = select_errors(connection, {}, 1, oldest_first=True)
-        if newest:
-            state["newest"] = summary(newest[0], link(""))
-            state["oldest"] = summary(oldest[0], link(""))
-        state |= describe_deliveries(connection)
-        state["database_bytes"] = database_bytes(connection)
+        state["free_bytes"] = free_bytes(database.path.parent)
+        with database.reader() as connection:
+            held = select_state(connection)
+            state["deliveries"] = select_outcomes(connection)
+            state["hours"] = select_hours(connection)
+            state["database_bytes"] = database_bytes(connection)
     except (sqlite3.Error, OSError) as error:
-        shared.database.close_connection()
-        state["problem"] = f"The database cannot be read: {error}."
+        database.close()
+        return state | {"problem": f"The database cannot be read: {error}; {cure_of(error)}."}
+    state["counts"]["errors"] = held["errors"]
+    for name in ("newest", "oldest"):
+        if held[name]:
+            state[name] = summary(held[name], link(""))
+    for row in state["deliveries"]:
+        _, _, cure = REASONS.get(row["reason"], (None, None, None))
+        row["cure"] = cure and cure.replace("{}", whole_link("/sentry/webhook"))
+    if state["deliveries"]:
+        state["last_delivery_at"] = state["deliveries"][0]["last_at"]
     return state
-
-
-def describe_deliveries(connection):
-    """Return the deliveries by outcome and reason, with the cure where there is one."""
-    deliveries = select_deliveries(connection)
-    for row in deliveries:
-        row["cure"] = CURES.get(row["reason"])
-    refused = [row for row in deliveries if row["outcome"] == "refused"]
-    return {
-        "deliveries": deliveries,
-        "last_delivery_at": max((row["last_at"] for row in deliveries), default=None),
-        "last_refusal": refused[0] if refused else None,
-    }
 
 
 def describe_config():
     """Return the settings without secrets, and what depends on the machine."""
-    database = collector().database
-    settings = dict(collector().settings)
+    database = store().database
+    settings = dict(store().settings)
     config = {}
     for name in ("SENTRY_DSN", "SENTRY_CLIENT_SECRET", "API_TOKEN"):
         config[f"{name.lower()}_set"] = bool(settings.pop(name))
@@ -3552,140 +2841,16 @@ def describe_config():
     }
 
 
-ABOUT = {
-    "name": "Sentry Error Collector",
-    "version": VERSION,
-    "description": "Receives Sentry's webhooks, keeps every new error, and gives the latest one "
-    "back.",
-    "endpoints": {
-        "POST /sentry/webhook": "where Sentry delivers",
-        "GET /errors/latest": f"the newest error, in full; {', '.join(FILTERS)}; "
-        "format=json|html|text",
-        "GET /errors/<id>": "one error, in full; format=json|html|text",
-        "GET /errors/<id>/payload": "the delivery as it was received, byte for byte",
-        "GET /errors": "summaries, newest first; filters as above, limit, before, after; "
-        "format= also ndjson, in full, and atom, a feed",
-        "GET /issues": f"issues, the most recently seen first; {', '.join(ISSUE_FILTERS)}, limit, "
-        "before; format=json|html|text",
-        "GET /": "this overview",
-        "GET /config": "the configuration, without secrets",
-        "GET /metrics": "counts, in the text format of Prometheus",
-        "GET /health": "200 if a row can be committed, else 503",
-    },
-}
-STEPS = (
-    "In Sentry: Settings > Developer Settings > Create New Integration > Internal Integration; "
-    "this as Webhook URL; permission Issue & Event: Read; webhooks: error (Business plan and "
-    "above) or issue. For stack traces on every plan: Alert Rule Action on, the integration as an "
-    "action of an alert rule, SENTRY_ACTIONS=created,triggered here. Then its Client Secret as "
-    "SENTRY_CLIENT_SECRET here."
-)
-SECRET_CURE = "set SENTRY_CLIENT_SECRET to the Client Secret of the integration that sends"
-# What to do about deliveries that were refused, ignored or queued, by the reason for that.
-CURES = {
-    "signature missing": "send through an internal integration; the legacy plugin cannot sign",
-    "signature wrong": SECRET_CURE,
-    "signature length": SECRET_CURE,
-    "white space in secret": "remove the white space around SENTRY_CLIENT_SECRET",
-    "quotes around secret": "remove the quotes around SENTRY_CLIENT_SECRET",
-    "body rewritten": "make the proxy in between pass the bytes on as they are",
-    "wrong address": "set the integration's Webhook URL to the address below",
-    "too large": "raise MAX_BODY_BYTES",
-    "cut short": "look at the proxy in between; it ends requests before they are whole",
-    "sent by a web page": "none is needed: only Sentry, or a program of yours, may post here",
-    "gzip": "make the proxy in between pass the bytes on as they are",
-    "byte order mark": "send JSON text without a byte order mark",
-    "not UTF-8": "send JSON text encoded as UTF-8",
-    "not JSON": "point only Sentry's webhooks here",
-    "no object": "point only Sentry's webhooks here",
-    "no delivery": "point only Sentry's webhooks here",
-    "disk": "free space on the disk; Sentry does not send these again",
-    "no error": "none is needed: these tell of no new error",
-    "action not accepted": "set SENTRY_ACTIONS=created,triggered to take issue alerts",
-    "database locked": "end the program that holds its lock; these are kept in the spool",
-    "database not writable": "see /health; these are kept in the spool",
-    "fault of the collector": "see the log, and report it; these are kept in the spool",
-}
-
-
-@web.get("/")
-def show_overview():
-    """Show what this service is and what it holds."""
-    form = choose_form("json", "html")
-    connect = {"webhook_url": whole_link("/sentry/webhook"), "steps": STEPS}
-    about = ABOUT | describe_state() | {"connect": connect}
-    if form == "json":
-        return answer(form, [about], lambda: as_json(about))
-    page = about | {"config": describe_config()}
-    return answer(form, [page, minute()], lambda: render_template("overview.html", **page))
-
-
-@web.get("/config")
-def show_config():
-    """Show the configuration, no secret in it, and how deliveries fare."""
-    state = describe_state()
-    config = describe_config() | {"spooled": state["counts"]["spooled"]}
-    for name in ("oldest", "newest"):
-        error = state[name] or {"received_at": None}
-        config[f"{name}_error_at"] = error["received_at"]
-    for name in ("database_bytes", "free_bytes", "last_delivery_at", "last_refusal", "deliveries"):
-        config[name] = state[name]
-    config["problem"] = state["problem"]
-    return answer("json", [config], lambda: as_json(config))
-
-
-@web.get("/metrics")
-def show_metrics():
-    """Show counts in the text format of Prometheus."""
-    state = describe_state()
-    last = state["last_delivery_at"]
-    seconds = datetime.fromisoformat(last).timestamp() if last else None
-    words = render_template("metrics.txt", **state, last_delivery_seconds=seconds)
-    return Response(words, content_type="text/plain; version=0.0.4; charset=utf-8")
-
-
-@web.get("/robots.txt")
-def show_robots():
-    """Show crawlers that nothing here is for them."""
-    return Response("User-agent: *\nDisallow: /\n", mimetype=FORMS["text"])
-
-
-@web.get("/health")
-def show_health():
-    """Show whether an error that comes in now would be committed."""
+def describe_health():
+    """Return the status of /health, 200 while deliveries are taken, and its JSON."""
     try:
-        check_writable(collector().database)
-    except (sqlite3.Error, OSError) as error:
-        waiting = len(collector().spool.names())
-        words = f"The database cannot be written: {error}; {cure_of(error)}."
-        abort(503, f"{words} In the spool: {waiting}.")
-    response = Response(as_json({"status": "ok"}), mimetype=FORMS["json"])
-    response.call_on_close(collector().maintain)
-    return response
-
-
-RESTORE_CURE = (
-    "stop the collector, move it and the files beside it that begin with its name away, restore a "
-    "backup by 'flask --app collector restore FILE', and start again"
-)
-
-
-def cure_of(error):
-    """Return what to do about a database that cannot be written."""
-    if is_busy(error):
-        return "end the program that holds its lock, or wait for it"
-    code = primary_code(error)
-    if code == sqlite3.SQLITE_FULL or getattr(error, "errno", 0) == errno.ENOSPC:
-        return "free space on the disk"
-    if code in (sqlite3.SQLITE_CORRUPT, sqlite3.SQLITE_NOTADB):
-        return RESTORE_CURE
-    is_denied = getattr(error, "errno", 0) in (errno.EACCES, errno.EPERM, errno.EROFS)
-    if is_denied or code in (sqlite3.SQLITE_READONLY, sqlite3.SQLITE_CANTOPEN):
-        return "make the folder and its files writable for the collector's user"
-    return "see the log"
-
-
-# Replies to what cannot be served
+        problem = store().check()
+    except Refused as refused:
+        return 503, {"status": "refusing", "problem": tell(refused.reason, refused.detail) + "."}
+    if problem is None:
+        return 200, {"status": "ok"}
+    spooled = len(store().spool.names())
+    return 200, {"status": "spooling", "problem": problem, "spooled": spooled}
 
 
 def reply_with_error(status, words, headers=()):
@@ -3693,15 +2858,16 @@ def reply_with_error(status, words, headers=()):
     headers = list(headers)
     if status == 503:
         headers.append(("Retry-After", RETRY_AFTER))
-    accepted = request.accept_mimetypes.best_match([FORMS["json"], FORMS["html"]])
-    is_named = request.args.get("format") in ("json", "text", "ndjson", "atom")
-    if accepted == FORMS["html"] and not is_named:
+    (json_type,) = FORMS["json"]
+    (html_type,) = FORMS["html"]
+    accepted = request.accept_mimetypes.best_match([json_type, html_type])
+    is_page = request.args.get("format", "html") == "html" and accepted == html_type
+    if is_page:
         page = render_template("error.html", status=status, words=words)
-        return Response(page, status, headers, mimetype=FORMS["html"])
-    # 1,024 bytes are what Sentry keeps of a refusal, for the integration's owner to read.
-    while len(as_json({"error": words})) > 1024:
+        return Response(page, status, headers, mimetype=html_type)
+    while len(as_json({"error": words}).encode()) > REPLY_BYTES:
         words = cut(words, len(words) * 7 // 8)
-    return Response(as_json({"error": words}), status, headers, mimetype=FORMS["json"])
+    return Response(as_json({"error": words}), status, headers, mimetype=json_type)
 
 
 def handle_http_error(error):
@@ -3712,15 +2878,10 @@ def handle_http_error(error):
     if words == type(error).description:
         words = f"{error.name} for {request.method} of this page; / lists what there is."
     if request.method == "POST" and error.code in (404, 405):
-        words = (
-            f"Nothing takes a POST here; Sentry's webhooks go to {whole_link('/sentry/webhook')}"
-        )
-        collector().counts.add("refused", "wrong address")
-        log_seldom(
-            "webhook refused, wrong address %s, from %s",
-            UNSAFE.sub("?", request.path)[:100],
-            caller(),
-        )
+        words = tell("wrong address", whole_link("/sentry/webhook")) + "."
+        store().count("refused", "wrong address")
+        path = UNSAFE.sub("?", request.path)[:100]
+        log_seldom("webhook refused, wrong address %s, from %s", path, caller())
     headers = [item for item in error.get_headers() if item[0] == "Allow"]
     if error.code == 401:
         challenge = 'Basic realm="Sentry Error Collector", charset="UTF-8"'
@@ -3730,263 +2891,78 @@ def handle_http_error(error):
 
 def handle_refusal(refused):
     """Count, log and reply to a delivery that is not taken."""
-    collector().counts.add("refused", refused.reason)
-    log_delivery(f"refused {refused.status} {refused.reason}, from {caller()}")
-    response = reply_with_error(refused.status, refused.words)
-    response.call_on_close(collector().maintain)
-    return response
+    status, _, _ = REASONS[refused.reason]
+    store().count("refused", refused.reason)
+    log_delivery(f"refused {status} {refused.reason}, from {caller()}")
+    return reply_with_error(status, tell(refused.reason, refused.detail) + ".")
 
 
 def handle_failure(error):
     """Reply to a read that the database, its disk, the memory or the clock ended."""
     if is_interrupted(error):
         log_seldom("ended a search that took too long, from %s", caller())
-        words = (
-            "The search takes longer than half a second; narrow the search, by a filter or words."
-        )
-        return reply_with_error(503, words)
-    collector().log_failure("cannot read", error)
-    collector().database.close_connection()
-    return reply_with_error(503, f"The database cannot be read: {error}; try again.")
-
-
-def handle_incomplete_index(error):
-    """Reply to a search that the index cannot answer yet."""
-    return reply_with_error(503, str(error))
+        return reply_with_error(503, "The search takes too long; narrow it, by since=24h or words.")
+    store().log_failure("cannot read", error)
+    store().database.close()
+    return reply_with_error(503, f"The database cannot be read: {error}; {cure_of(error)}.")
 
 
 def handle_fault(error):
     """Reply to a fault of the collector's own."""
     path = UNSAFE.sub("?", request.path)[:100]
     log.error("fault in %s %s", request.method, path, exc_info=error)
-    collector().report(error)
+    store().report(error)
     return reply_with_error(500, "A fault of the collector's own; its log says more.")
 
 
-def add_headers(response):
-    """Add what keeps hostile text harmless in a browser, and replies out of shared caches."""
-    response.headers.extend(current_app.config["HEADERS"])
+def finish_reply(response):
+    """Add the headers of every reply, after which a step of maintenance is done."""
+    response.headers.extend(HEADERS)
+    response.call_on_close(store().maintain)
     return response
-
-
-# Commands
-
-
-@web.cli.command("backup")
-@click.argument("file", type=click.Path(dir_okay=False, path_type=Path))
-def backup_command(file):
-    """Copy the database to a new FILE while the service runs."""
-    path = collector().database.path
-    if file.exists():
-        raise click.ClickException(f"{file} exists; name a new file.")
-    if not path.exists():
-        raise click.ClickException(f"There is no database at {path}; name it by DATABASE_URL.")
-
-    def report(share):
-        if sys.stderr.isatty():
-            click.echo(f"\r{share:4.0%} ", nl=False, err=True)
-
-    try:
-        was_at_rest = is_at_rest(path)
-        with closing(open_read_only(path)) as source:
-            copy_database(source, file, report)
-        if was_at_rest and not is_at_rest(path):
-            file.unlink()
-            raise click.ClickException("The service has started meanwhile; make the backup again.")
-        with closing(open_read_only(file)) as copy:
-            errors = count_rows(copy)
-    except (sqlite3.Error, OSError) as error:
-        raise click.ClickException(f"cannot copy {path} to {file}: {error}") from None
-    click.echo(f"{file}: {errors} errors, {file.stat().st_size} bytes")
-
-
-@web.cli.command("restore")
-@click.argument("file", type=click.Path(exists=True, dir_okay=False, path_type=Path))
-@click.option("--yes", is_flag=True, help="Replace what is there.")
-def restore_command(file, yes):
-    """Replace the errors by those of FILE, a backup, whether the service runs or not."""
-    database = collector().database
-    try:
-        errors = check_backup(file)
-    except ValueError as error:
-        raise click.ClickException(str(error)) from None
-    check_folder(database.path)
-    try:
-        replaced_errors = count_rows(database.connection())
-        click.echo(
-            f"{file} has {errors} errors; {database.path} has {replaced_errors}, which it replaces."
-        )
-        if not yes:
-            raise click.ClickException("Nothing is changed; add --yes to replace them.")
-        replaced = restore(database, file)
-    except (sqlite3.Error, OSError) as error:
-        words = f"cannot replace {database.path} by {file}: {error}; {cure_of(error)}"
-        raise click.ClickException(words) from None
-    finally:
-        database.close()
-    click.echo(f"Restored. What was there is in {replaced}.")
-
-
-@web.cli.command("health")
-def health_command():
-    """Exit with status 0 if the service answers on its port that it is healthy."""
-    port = collector().settings["PORT"]
-    try:
-        status, words = ask_health(port)
-    except (OSError, http.client.HTTPException) as error:
-        raise click.ClickException(f"no answer on port {port}: {error}") from None
-    if status != 200:
-        raise click.ClickException(words)
-    click.echo(words)
-
-
-def ask_health(port):
-    """Return the status and the text of /health of the service on a port of this machine."""
-    connection = http.client.HTTPConnection("127.0.0.1", port, timeout=4)
-    try:
-        connection.request("GET", "/health")
-        response = connection.getresponse()
-        return response.status, response.read().decode(errors="replace").strip()
-    finally:
-        connection.close()
-
-
-@web.cli.command("doctor")
-def doctor_command():
-    """Check the installation and say what to do about each fault.
-
-    Exits with status 1 if there is one.
-    """
-    checks = check_settings, check_data, check_database, check_disk, check_spool, check_service
-    has_fault = False
-    for check in checks:
-        try:
-            lines = list(check(collector()))
-        except OSError as error:
-            lines = [("FAULT", f"cannot look: {error}; run this as the user who serves")]
-        for verdict, words in lines:
-            click.echo(f"{verdict:6} {' '.join(words.split())[:400]}")
-            has_fault |= verdict == "FAULT"
-    sys.exit(has_fault)
-
-
-def check_settings(shared):
-    """Yield the doctor's lines, as (verdict, words), about the settings, which are valid by now."""
-    yield "ok", "the settings are valid"
-    remarks = {
-        "SENTRY_CLIENT_SECRET": "anybody who reaches the port can post",
-        "API_TOKEN": "anybody who reaches the port can read",
-        "RETENTION_DAYS": "errors are kept for ever",
-    }
-    for name, words in remarks.items():
-        if not shared.settings[name]:
-            yield "note", f"{name} is not set: {words}"
-
-
-def check_data(shared):
-    """Yield the doctor's lines about the data folder and what is in it."""
-    path = shared.database.path
-    files = [file for file in (path.parent, *path.parent.glob("*")) if not os.access(file, os.W_OK)]
-    if not path.parent.exists():
-        yield "note", f"{path.parent} is not there; the start makes it"
-    elif files:
-        owner = files[0].stat().st_uid
-        words = "chown it, or mount it so that it can be written"
-        yield "FAULT", f"uid {os.getuid()} cannot write {files[0]}, uid {owner}'s; {words}"
-    else:
-        yield "ok", f"{path.parent} can be written; journal mode {shared.database.journal_mode}"
-
-
-def check_database(shared):
-    """Yield the doctor's line about the database."""
-    path = shared.database.path
-    if not path.exists() or path.stat().st_size == 0:
-        yield "note", f"{path} is not there; the start makes it"
-        return
-    try:
-        errors = check_backup(path)
-        yield "ok", f"{path} is whole; errors: {errors}, size: {path.stat().st_size / 1e6:.1f} MB"
-    except ValueError as error:
-        yield "FAULT", f"{error}. To use a backup instead, {RESTORE_CURE}"
-
-
-def check_disk(shared):
-    """Yield the doctor's line about the free space."""
-    folder = shared.database.path.parent
-    while not folder.exists():
-        folder = folder.parent
-    free = free_bytes(folder)
-    words = f"free on the disk: {free // 1_000_000} MB"
-    if free < SPOOL_FREE_BYTES:
-        yield "FAULT", f"{words}; free some, or deliveries are refused"
-    else:
-        yield "ok", words
-
-
-def check_spool(shared):
-    """Yield the doctor's lines about the spool."""
-    waiting = len(shared.spool.names())
-    words = f"deliveries in the spool: {waiting}"
-    if waiting > SPOOL_LIMIT * SPOOL_NEARLY_FULL:
-        yield "FAULT", f"{words}, of at most {SPOOL_LIMIT}; the service's line has the cause"
-    else:
-        yield "ok", words
-    rejected = len(list(shared.spool.folder.glob("*.rejected")))
-    if rejected:
-        yield (
-            "FAULT",
-            f"spooled but not to be stored: {rejected}; see {shared.spool.folder}/*.rejected",
-        )
-
-
-def check_service(shared):
-    """Yield the doctor's line about the running service."""
-    port = shared.settings["PORT"]
-    try:
-        status, words = ask_health(port)
-    except (OSError, http.client.HTTPException) as error:
-        yield "FAULT", f"nothing answers on port {port}: {error}; start the service, or set PORT"
-        return
-    if status == 200:
-        yield "ok", f"the service on port {port} stores errors"
-    else:
-        yield "FAULT", f"the service on port {port} does not store errors: {words}"
 
 
 # --------------------------------------------------------------------------------------------------
 # Wiring: the settings, and the app made of them
 # --------------------------------------------------------------------------------------------------
 
-DEFAULTS = {
-    "DATABASE_URL": "sqlite:///./data/errors.db",
-    "SENTRY_DSN": "",
-    "SENTRY_CLIENT_SECRET": "",
-    "SENTRY_ACTIONS": "created",
-    "API_TOKEN": "",
-    "PUBLIC_URL": "",
-    "TRUSTED_HOSTS": "",
-    "RETENTION_DAYS": "",
-    "MAX_BODY_BYTES": str(5 * 1024 * 1024),
-    "WEB_CONCURRENCY": "4",
-    "PORT": "8000",
-}
 ACTIONS = "created", "triggered", "unresolved"  # actions of deliveries that hold an error
-CONTENT_SECURITY_POLICY = (
-    "default-src 'none'; style-src 'sha256-{}'; img-src data:; form-action 'self'; "
-    "base-uri 'none'; frame-ancestors 'none'"
-)
-
-
-def stamp_code():
-    """Return what changes with the code and the templates, because the replies do."""
-    folder = Path(__file__).parent
-    hashed = hashlib.sha256(VERSION.encode())
-    for path in (Path(__file__), *sorted((folder / "templates").iterdir())):
-        hashed.update(path.read_bytes())
-    return hashed.hexdigest()
-
-
-STAMP = stamp_code()
+REPORTED = "event_id", "timestamp", "platform", "level", "exception", "release"  # keys of a report
+REPORT_SECONDS = 60  # shortest time between two reports
+LIST = r"[\s,]*({0})(\s*,[\s,]*({0}))*[\s,]*"  # pattern of values with commas between
+WORDS = ", ".join(ACTIONS)
+ACTION_LIST = LIST.format("|".join(ACTIONS))
+HOST_LIST = LIST.format(r"[\w.:\[\]-]+")
+DATABASE_URL = "sqlite:///./data/errors.db"
+# By name the default, a good value's pattern, the fault of another (or good numbers), an example.
+SETTINGS = {
+    "DATABASE_URL": (
+        DATABASE_URL,
+        r"sqlite(\+aiosqlite)?:///(?!:memory:)[^?#]+",
+        "it is not the name of a file, as sqlite:///PATH",
+        DATABASE_URL,
+    ),
+    "SENTRY_DSN": (
+        "",
+        r"https?://\S+",
+        "it is not a DSN of Sentry's",
+        "https://key@o0.ingest.sentry.io/0",
+    ),
+    "SENTRY_CLIENT_SECRET": ("", r".*[^\s,\"'].*", "it holds no secret", "0123abcd,4567ef89"),
+    "SENTRY_ACTIONS": ("created", ACTION_LIST, f"it is not a list of {WORDS}", "created,triggered"),
+    "API_TOKEN": ("", "[ -~]+", "it is not ASCII, which a header can carry", "5f1c0a9e7b3d4c62"),
+    "PUBLIC_URL": (
+        "",
+        r"https?://[^\s/?#\"'<>\\]+(/[^\s?#\"'<>\\]*)?",
+        "it is not an address that begins with http:// or https://",
+        "https://errors.example.com",
+    ),
+    "TRUSTED_HOSTS": ("", HOST_LIST, "it is not a list of hosts", "localhost,errors.example.com"),
+    "RETENTION_DAYS": ("", None, range(1, 36501), "30"),
+    "MAX_BODY_BYTES": ("5242880", None, range(1, 32 * 1024 * 1024 + 1), "5242880"),
+    "WEB_CONCURRENCY": ("4", None, range(1, 257), "4"),
+    "PORT": ("8000", None, range(1, 65536), "8000"),
+}
 
 
 def fail(name, fault, example):
@@ -3994,76 +2970,27 @@ def fail(name, fault, example):
     raise SystemExit(f"{name}: {fault}; for example {name}={example}")
 
 
-def read_whole_number(settings, name, least, most):
-    """Return a setting as a number. Ends the start if it is another thing or out of bounds."""
-    value = settings[name].strip()
-    is_number = re.fullmatch(r"[0-9]{1,12}", value) is not None
-    if not is_number or not least <= int(value) <= most:
-        fault = f"{ascii(value[:40])} is not a whole number from {least} to {most}"
-        fail(name, fault, DEFAULTS[name] or 30)
-    return int(value)
+def read_setting(name, value):
+    """Return the value of a setting, a number where numbers are good. Ends the start on a bad one.
+
+    The value is not shown, because it may hold a secret.
+    """
+    default, pattern, good, example = SETTINGS[name]
+    if not value and not default:
+        return default
+    value = (value or default).strip()
+    if isinstance(good, range) and re.fullmatch("[0-9]{1,12}", value) and int(value) in good:
+        return int(value)
+    if isinstance(good, range):
+        good = f"it is not a whole number from {good[0]} to {good[-1]}"
+    if pattern is None or not re.fullmatch(pattern, value):
+        fail(name, good, example)
+    return value
 
 
-def read_list(settings, name):
-    """Return the parts of a comma-separated setting."""
-    return [part for part in re.split(r"\s*,\s*", settings[name]) if part]
-
-
-def read_database_path(settings):
-    """Return the path in DATABASE_URL, its links resolved. Ends the start if there is none."""
-    url = settings["DATABASE_URL"].strip()
-    match = re.fullmatch(r"sqlite(?:\+aiosqlite)?:///([^?#]+)", url)
-    if not match or match[1] == ":memory:":
-        scheme = ascii(url.split(":")[0][:40])  # the rest of a foreign URL may hold a password
-        fault = f"it must name a file as sqlite:///PATH, its scheme is {scheme}"
-        fail("DATABASE_URL", fault, DEFAULTS["DATABASE_URL"])
-    # SQLite puts the WAL beside the file that a link leads to.
-    return Path(os.path.realpath(match[1]))
-
-
-def read_secrets(settings):
-    """Return the client secrets as they were typed, so that a refusal can say what is wrong."""
-    secrets = read_list(settings, "SENTRY_CLIENT_SECRET")
-    if settings["SENTRY_CLIENT_SECRET"] and not secrets:
-        fail("SENTRY_CLIENT_SECRET", "there is no secret between its commas", "0123abcd,4567ef89")
-    return secrets
-
-
-def read_actions(settings):
-    """Return the accepted actions. Ends the start on an unknown one."""
-    actions = read_list({"SENTRY_ACTIONS": settings["SENTRY_ACTIONS"].strip()}, "SENTRY_ACTIONS")
-    unknown = [action for action in actions if action not in ACTIONS]
-    if unknown or not actions:
-        fault = f"{ascii(','.join(unknown)[:40])} is unknown, known are {', '.join(ACTIONS)}"
-        fail("SENTRY_ACTIONS", fault, "created,triggered")
-    return actions
-
-
-def read_hosts(settings):
-    """Return the trusted hosts. Ends the start on one that no Host header can be."""
-    hosts = read_list({"TRUSTED_HOSTS": settings["TRUSTED_HOSTS"].strip().lower()}, "TRUSTED_HOSTS")
-    for host in hosts:
-        if not re.fullmatch(r"[\w.:\[\]-]+", host):
-            fault = f"{ascii(host[:40])} is not the name of a host"
-            fail("TRUSTED_HOSTS", fault, "localhost,errors.example.com")
-    return hosts
-
-
-def read_public_url(settings):
-    """Return PUBLIC_URL without a slash at its end. Ends the start if it is no address."""
-    url = settings["PUBLIC_URL"].strip().rstrip("/")
-    if url and not re.fullmatch(r"https?://[^\s/?#\"'<>\\]+(/[^\s?#\"'<>\\]*)?", url):
-        fault = f"{ascii(url[:60])} is not an address that begins with http:// or https://"
-        fail("PUBLIC_URL", fault, "https://errors.example.com")
-    return url
-
-
-def read_token(settings):
-    """Return API_TOKEN. Ends the start if a header cannot carry it."""
-    token = settings["API_TOKEN"].strip()
-    if not token.isascii() or not token.isprintable():
-        fail("API_TOKEN", "it has characters other than ASCII", "5f1c0a9e7b3d4c62")
-    return token
+def split(value, surroundings=None):
+    """Return the parts of a comma-separated setting, without their surroundings."""
+    return list(filter(None, (part.strip(surroundings) for part in value.split(","))))
 
 
 def read_settings(config=None):
@@ -4072,79 +2999,61 @@ def read_settings(config=None):
     The first that has a setting wins. An empty value is an unset one. Raises SystemExit with one
     line about the first that is bad.
     """
-    settings = dict(DEFAULTS)
     try:
         from_file = dotenv_values(".env")
     except UnicodeDecodeError:
         raise SystemExit(".env: it is not UTF-8; write it anew as UTF-8 text") from None
-    for source in (from_file, os.environ, config or {}):
-        for name in DEFAULTS:
-            value = str(source.get(name) or "")
-            if value.strip():
-                settings[name] = value
-    days = settings["RETENTION_DAYS"]
-    return {
-        "DATABASE_URL": read_database_path(settings),
-        "SENTRY_DSN": settings["SENTRY_DSN"].strip(),
-        "SENTRY_CLIENT_SECRET": read_secrets(settings),
-        "SENTRY_ACTIONS": read_actions(settings),
-        "API_TOKEN": read_token(settings),
-        "PUBLIC_URL": read_public_url(settings),
-        "TRUSTED_HOSTS": read_hosts(settings),
-        "RETENTION_DAYS": read_whole_number(settings, "RETENTION_DAYS", 1, 36500) if days else None,
-        "MAX_BODY_BYTES": read_whole_number(settings, "MAX_BODY_BYTES", 1, 32 * 1024 * 1024),
-        "WEB_CONCURRENCY": read_whole_number(settings, "WEB_CONCURRENCY", 1, 256),
-        "PORT": read_whole_number(settings, "PORT", 1, 65535),
-    }
+    settings = {}
+    for name in SETTINGS:
+        given = [source.get(name) for source in (config or {}, os.environ, from_file)]
+        settings[name] = read_setting(name, str(next(filter(None, given), "")))
+    path = settings["DATABASE_URL"].partition(":///")[2]
+    # SQLite puts the WAL beside the file that a link leads to.
+    settings["DATABASE_URL"] = Path(os.path.realpath(path))
+    settings["SENTRY_CLIENT_SECRET"] = split(settings["SENTRY_CLIENT_SECRET"], " \t\r\n\"'")
+    settings["SENTRY_ACTIONS"] = split(settings["SENTRY_ACTIONS"])
+    settings["TRUSTED_HOSTS"] = split(settings["TRUSTED_HOSTS"].lower())
+    settings["PUBLIC_URL"] = settings["PUBLIC_URL"].rstrip("/")
+    return settings | {"RETENTION_DAYS": settings["RETENTION_DAYS"] or None}
 
 
 def check_folder(path):
-    """Make the folders of the database and the spool.
-
-    Ends the process if they cannot be written.
-    """
+    """Make the folders of the database and the spool. Ends the start if they are not writable."""
     folder = path.parent
     try:
         (folder / "spool").mkdir(parents=True, exist_ok=True)
-        for probe in (folder / f".probe-{os.getpid()}", folder / "spool" / f".probe-{os.getpid()}"):
-            probe.touch()
-            probe.unlink()
+        for place in (folder, folder / "spool"):
+            tempfile.TemporaryFile(dir=place).close()
         if path.is_dir():
             raise IsADirectoryError(f"{path} is a folder")
     except OSError as error:
-        whose = f", this is uid {os.getuid()}"
+        whose = f"this is uid {os.getuid()}"
         if folder.exists():
-            whose = f" owned by uid {folder.stat().st_uid}{whose}"
-        cause = error.strerror or error
-        fault = f"cannot write in {folder}{whose} ({cause}); chown it, or name another"
-        fail("DATABASE_URL", fault, DEFAULTS["DATABASE_URL"])
-
-
-REPORTED = "event_id", "timestamp", "platform", "level", "exception", "release"  # keys of a report
-REPORT_SECONDS = 60  # shortest time between two reports
+            whose = f"it is owned by uid {folder.stat().st_uid}, {whose}"
+        fault = f"cannot write in {folder}, {whose} ({error.strerror or error})"
+        fail("DATABASE_URL", f"{fault}; chown it, or name another", DATABASE_URL)
 
 
 def start_reports(dsn):
     """Return a function that reports an exception to Sentry, once in REPORT_SECONDS at most."""
+    if not dsn:
+        return lambda error: None
     import sentry_sdk  # here, because it costs a worker 10 MB and most run without
 
     reported_at = -math.inf
 
     def scrub(event, hint):
-        # Neither a webhook's content nor a secret may leave: of an exception only what SQLite or
-        # the system say of it.
-        is_of_system = isinstance(hint["exc_info"][1], sqlite3.Error | OSError)
-        if not is_of_system:
-            for value in event.get("exception", {}).get("values", ()):
-                value["value"] = ""
-        return {key: event[key] for key in REPORTED if key in event}
-
-    def report(error):
+        """Return what of a report may leave, None if it follows another too soon."""
         nonlocal reported_at
         # A report may come back as a webhook, which may fail again.
-        if time.monotonic() > reported_at + REPORT_SECONDS:
-            reported_at = time.monotonic()
-            sentry_sdk.capture_exception(error)
+        if time.monotonic() < reported_at + REPORT_SECONDS:
+            return None
+        reported_at = time.monotonic()
+        # No content of a webhook may leave: of an exception only what SQLite or the system say.
+        if not isinstance(hint["exc_info"][1], sqlite3.Error | OSError):
+            for value in event["exception"]["values"]:
+                value["value"] = ""
+        return {key: event[key] for key in REPORTED if key in event}
 
     try:
         sentry_sdk.init(
@@ -4152,89 +3061,63 @@ def start_reports(dsn):
             release=VERSION,
             before_send=scrub,
             default_integrations=False,
-            auto_enabling_integrations=False,
-            send_client_reports=False,
             include_local_variables=False,
             include_source_context=False,
-            max_breadcrumbs=0,
+            send_client_reports=False,
         )
     except (sentry_sdk.utils.BadDsn, ValueError):
-        fail("SENTRY_DSN", "it is not a DSN of Sentry's", "https://key@o0.ingest.sentry.io/0")
-    return report
+        fail("SENTRY_DSN", *SETTINGS["SENTRY_DSN"][2:])
+    return sentry_sdk.capture_exception
 
 
-def start_log():
-    """Write the log to standard error, in the form of gunicorn's."""
-    if log.handlers:
-        return
-    form = "[%(asctime)s] [%(process)d] [%(levelname)s] %(message)s"
-    handler = logging.StreamHandler()
-    handler.setFormatter(logging.Formatter(form, "%Y-%m-%d %H:%M:%S %z"))
-    log.addHandler(handler)
-    log.setLevel(logging.INFO)
-    log.propagate = False
-
-
-def describe_start(shared):
+def describe_start(store):
     """Return what is on and what is off, in one line."""
-    settings = shared.settings
-    secrets = settings["SENTRY_CLIENT_SECRET"]
+    settings = store.settings
+    signed = "on" if settings["SENTRY_CLIENT_SECRET"] else "OFF, anybody can post"
+    read = "on" if settings["API_TOKEN"] else "OFF, anybody can read"
     days = settings["RETENTION_DAYS"]
-    parts = [
-        f"collector {VERSION}",
-        "signature check " + ("on" if secrets else "OFF, anybody can post"),
-        "read token " + ("on" if settings["API_TOKEN"] else "OFF, anybody can read"),
-        "trusted hosts " + (", ".join(settings["TRUSTED_HOSTS"]) or "any"),
-        "public URL " + (settings["PUBLIC_URL"] or "as requested"),
-        "Sentry reports " + ("on" if settings["SENTRY_DSN"] else "off"),
-        "actions " + ",".join(settings["SENTRY_ACTIONS"]),
-        f"journal mode {shared.database.journal_mode}",
-        "retention " + (f"{days} days" if days else "off"),
-    ]
-    for ends in (string.whitespace, "\"'"):
-        if secrets != [secret.strip(ends) for secret in secrets]:
-            kind = "white space" if ends == string.whitespace else "quotes"
-            parts.append(f"SENTRY_CLIENT_SECRET has {kind} at its ends")
+    parts = (
+        f"collector {VERSION}; signature check {signed}; read token {read}",
+        f"trusted hosts {', '.join(settings['TRUSTED_HOSTS']) or 'any'}",
+        f"public URL {settings['PUBLIC_URL'] or 'as requested'}",
+        f"Sentry reports {'on' if settings['SENTRY_DSN'] else 'off'}",
+        f"actions {','.join(settings['SENTRY_ACTIONS'])}",
+        f"journal mode {store.database.journal_mode}",
+        f"retention {f'{days} days' if days else 'off'}",
+    )
     return "; ".join(parts)
 
 
 def create_app(config=None):
-    """Return the app, its settings from `config` or the environment (see read_settings).
-
-    No file is made.
-    """
-    start_log()
+    """Return the app, its settings from `config` or the environment. No file is made."""
+    if not log.handlers:  # without gunicorn, whose log this is
+        log.addHandler(logging.StreamHandler())
+        log.setLevel(logging.INFO)
     settings = read_settings(config)
     app = Flask(__name__, static_folder=None)
     # Flask would redirect to the address without the slash; Sentry takes a redirect for success.
     app.url_map.strict_slashes = False
     app.url_map.merge_slashes = False
-    app.extensions["collector"] = Collector(settings)
-    style = Path(app.root_path, "templates", "style.css").read_text(encoding="utf-8")
-    digest_of_style = base64.b64encode(hashlib.sha256(style.encode()).digest()).decode()
-    app.config["HEADERS"] = {
-        "Content-Security-Policy": CONTENT_SECURITY_POLICY.format(digest_of_style),
-        "X-Content-Type-Options": "nosniff",
-        "Referrer-Policy": "no-referrer",
-        "Cache-Control": "private, no-cache",
-        "Vary": "Accept, Authorization",
-    }
-    app.jinja_env.globals.update(
-        style=Markup(style),
-        version=VERSION,
-        link=link,
-        whole_link=whole_link,
-        list_path=list_path,
-        page_url=list_link,
-        error_link=error_link,
-    )
-    app.jinja_env.filters.update({function.__name__: function for function in PAGE_FILTERS})
+    app.extensions["collector"] = Store(settings, start_reports(settings["SENTRY_DSN"]))
+    words = {"style": Markup(STYLE), "version": VERSION, "link": link, "whole_link": whole_link}
+    app.jinja_env.globals.update(words)
+    app.jinja_env.filters.update(PAGE_FILTERS)
     app.register_blueprint(web)
-    app.after_request(add_headers)
+    app.after_request(finish_reply)
     app.register_error_handler(HTTPException, handle_http_error)
     app.register_error_handler(Refused, handle_refusal)
-    app.register_error_handler(IndexIncomplete, handle_incomplete_index)
     for kind in (sqlite3.Error, OSError, MemoryError):
         app.register_error_handler(kind, handle_failure)
     app.register_error_handler(Exception, handle_fault)
     return app
+
+
+@web.cli.command("backup")
+@click.argument("file", type=click.Path(dir_okay=False, path_type=Path))
+def backup(file):
+    """Copy the database to a new FILE while the service runs."""
+    try:
+        copy_database(store().database.path, file)
+    except (ValueError, sqlite3.Error, OSError) as error:
+        raise click.ClickException(f"The backup failed: {error}") from None
+    click.echo(f"{file}: {file.stat().st_size} bytes")

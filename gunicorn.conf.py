@@ -40,13 +40,13 @@ def when_ready(server):
         raise SystemExit(1)
     app = server.app.wsgi()
     store = app.extensions["collector"]
-    # gunicorn quotes up to 32 kB of a broken request, secrets in it.
+    # It quotes up to 32 kB of a broken request.
     server.log.error_log.addFilter(lambda line: not str(line.msg).startswith("Invalid request"))
     server.log.info(collector.describe_start(store))
+    fork_as_server(server.cfg, store.upgrade)
     for name in app.jinja_env.list_templates(extensions=("html", "txt")):
         app.jinja_env.get_template(name)  # or the first page of each worker would be late
-    for listener in server.LISTENERS:
-        # Browsers open spare connections, which the kernel keeps until they bring data.
+    for listener in server.LISTENERS:  # of browsers' spare connections until they bring data
         if listener.sock.family != socket.AF_UNIX and hasattr(socket, "TCP_DEFER_ACCEPT"):
             listener.sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_DEFER_ACCEPT, 30)
     gc.freeze()  # what is there now stays, and is shared with the workers

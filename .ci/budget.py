@@ -7,17 +7,24 @@ import sys
 from pathlib import Path
 
 LINES = {
-    "collector.py": 4240,
+    "collector.py": 3150,
     "worker.py": 220,
     "gunicorn.conf.py": 60,
     "entrypoint.sh": 15,
-    "schema.sql": 219,
-    "templates/*": 760,
-    "tests/*.py": 10080,
-    "tests/benchmark.py": 400,
+    "schema.sql": 100,
+    "templates/*": 520,
+    "tests/*.py": 6500,
+    "tests/benchmark.py": 420,
     "README.md": 200,
 }
-SECTIONS = {"Parsing": 890, "Storage": 1160, "Presentation": 580, "Web": 1320, "Wiring": 290}
+SECTIONS = {
+    "Parsing": 945,
+    "Storage": 745,
+    "Intake": 192,
+    "Presentation": 310,
+    "Web": 700,
+    "Wiring": 200,
+}
 FUNCTION_LINES = 40
 LINE_LENGTH = 100
 CONDITIONALS = 2.0  # `a if b else c` in 100 lines

@@ -1,4 +1,19 @@
-"""Fixtures: an app on a database of its own, signed deliveries, and a real gunicorn."""
+"""What the tests share: an app on a database of its own, deliveries as Sentry sends them, a real gunicorn.
+
+    def test_it(app, database, log):
+        client = app(API_TOKEN="t0ken")              a test client; called again: as after a restart
+        client.deliver(payload, Request_ID="1")      posts a dict or bytes, signed by **sign(body)
+        assert client.errors("level=fatal") == [1]   the ids of a list
+        assert database("SELECT title FROM errors") == [("no",)]       of tmp_path/data/errors.db
+        assert counts(client) == {("stored", None): 1}      maintain(client) does what is due
+        assert "webhook stored 1" in log()[0]
+
+    def test_it(server):
+        it = server(WEB_CONCURRENCY="2")             a gunicorn that is up, killed after the test
+        it.deliver(payload), it.get("/"), it.request("GET", "/errors"), it.kill(), it.start()
+
+Wider fixtures take make_client(folder, **settings), and `with serving(folder, **settings) as server:`.
+"""
 
 import contextlib
 import hashlib
@@ -6,9 +21,7 @@ import hmac
 import http.client
 import json
 import logging
-import math
 import os
-import py_compile
 import shutil
 import signal
 import socket
@@ -19,34 +32,22 @@ import time
 from pathlib import Path
 
 import pytest
-from jinja2 import FileSystemBytecodeCache
+from flask.testing import FlaskClient
 
-from collector import Collector, check_folder, create_app, read_settings
+from collector import create_app
 
-# In memory where there is room for it: a database for each test is hundreds of syncs. A kill loses no
-# more there than on a disk.
+# In memory where there is room for it, because a database for each test is hundreds of syncs.
 MEMORY = Path("/dev/shm")
 if MEMORY.is_dir() and shutil.disk_usage(MEMORY).free > 2 * 1024**3:
     os.environ.setdefault("PYTEST_DEBUG_TEMPROOT", str(MEMORY))
 
 ROOT = Path(__file__).resolve().parent.parent
-PAYLOADS = Path(__file__).resolve().parent / "payloads"
+PAYLOADS = ROOT / "tests" / "payloads"
 SECRET = "0123456789abcdef" * 4
 SETTINGS = (
-    "DATABASE_URL SENTRY_DSN SENTRY_CLIENT_SECRET SENTRY_ACTIONS API_TOKEN PUBLIC_URL "
-    "TRUSTED_HOSTS RETENTION_DAYS MAX_BODY_BYTES WEB_CONCURRENCY PORT"
-).split()
-
-
-# Compiled once for all servers and commands, which by PYTHONDONTWRITEBYTECODE would each do it anew.
-# A file that has changed since is compiled, whatever its time and size are.
-for name in ("collector.py", "worker.py"):
-    with contextlib.suppress(OSError):
-        py_compile.compile(
-            ROOT / name, invalidation_mode=py_compile.PycInvalidationMode.CHECKED_HASH
-        )
-
-TEMPLATES = FileSystemBytecodeCache()  # compiled once for all apps
+    "DATABASE_URL SENTRY_DSN SENTRY_CLIENT_SECRET SENTRY_ACTIONS API_TOKEN PUBLIC_URL".split()
+)
+SETTINGS += "TRUSTED_HOSTS RETENTION_DAYS MAX_BODY_BYTES WEB_CONCURRENCY PORT".split()
 
 
 @pytest.fixture(autouse=True, scope="session")
@@ -59,68 +60,7 @@ def clean_environment(tmp_path_factory):
         yield
 
 
-@pytest.fixture(scope="session")
-def empty_database(tmp_path_factory):
-    """Return the bytes of a database that an app has just made."""
-    path = tmp_path_factory.mktemp("empty") / "errors.db"
-    database = core(create_app({"DATABASE_URL": f"sqlite:///{path}"})).database
-    database.connection()
-    database.close()
-    return path.read_bytes()
-
-
-@pytest.fixture(scope="session")
-def spare_apps():
-    """Return a list for apps that no test uses, because half a test's time went into routes."""
-    return []
-
-
-@pytest.fixture
-def make_app(tmp_path, empty_database, spare_apps):
-    """Return a function that makes an app on tmp_path/data/errors.db, as a worker has it.
-
-    Of an earlier test's app it has only the routes and the templates. Where there is no database
-    it gets a copy of an empty one, which takes less than to make it.
-    """
-    apps = []
-
-    def make(**config):
-        config = {"DATABASE_URL": f"sqlite:///{tmp_path}/data/errors.db", **config}
-        app = spare_apps.pop() if spare_apps else create_app()
-        app.extensions["collector"] = Collector(read_settings(config))
-        app.jinja_env.bytecode_cache = TEMPLATES
-        path = core(app).database.path
-        check_folder(path)
-        if not path.exists():
-            path.write_bytes(empty_database)
-        core(app).start()
-        apps.append(app)
-        return app
-
-    yield make
-    for app in apps:
-        core(app).database.close()
-    spare_apps += apps
-
-
-@pytest.fixture
-def app(make_app):
-    return make_app()
-
-
-@pytest.fixture
-def client(app):
-    return app.test_client()
-
-
-@pytest.fixture(scope="session")
-def idle_app(tmp_path_factory):
-    """Return an app for all tests that store nothing."""
-    path = tmp_path_factory.mktemp("idle") / "errors.db"
-    app = create_app({"DATABASE_URL": f"sqlite:///{path}"})
-    app.jinja_env.bytecode_cache = TEMPLATES
-    yield app
-    core(app).database.close()
+# Deliveries
 
 
 def load(name):
@@ -129,7 +69,9 @@ def load(name):
 
 
 def wire(payload):
-    """Return the bytes that Sentry sends for a payload."""
+    """Return the bytes that Sentry sends for a payload; bytes stay what they are."""
+    if isinstance(payload, bytes):
+        return payload
     return json.dumps(payload, separators=(",", ":")).encode()
 
 
@@ -139,60 +81,93 @@ def sign(body, secret=SECRET):
 
 
 def event_payload(event_id="0" * 32, **event):
-    """Return a small error.created delivery."""
+    """Return a small error.created delivery. A number becomes an event id."""
+    if isinstance(event_id, int):
+        event_id = f"{event_id:032x}"
     event = {"event_id": event_id, "title": "ValueError: no", "level": "error", **event}
     return {"action": "created", "data": {"error": event}, "installation": {"uuid": "a"}}
 
 
-def post(client, payload, **headers):
-    """Post a payload (dict or bytes) with a test client; header names are given with underscores."""
-    body = payload if isinstance(payload, bytes) else wire(payload)
-    return client.post(
-        "/sentry/webhook",
-        data=body,
-        headers={key.replace("_", "-"): value for key, value in headers.items()},
-    )
+# The app in this process
 
 
-def core(app):
-    """Return the app's Collector."""
-    return app.extensions["collector"]
+class Client(FlaskClient):
+    """A test client that posts as Sentry does, and lets the app finish each reply as a server does."""
+
+    def open(self, *args, **options):
+        return super().open(*args, **{"buffered": True, **options})
+
+    def deliver(self, payload, **headers):
+        """Post a payload (dict or bytes); header names are given with underscores or dashes."""
+        body = wire(payload)
+        return self.post(
+            "/sentry/webhook",
+            data=body,
+            headers={name.replace("_", "-"): value for name, value in headers.items()},
+            environ_overrides={"CONTENT_LENGTH": str(len(body))},
+        )
+
+    def errors(self, query=""):
+        """Return the ids that /errors lists for a query."""
+        reply = self.get(f"/errors?{query}")
+        assert reply.status_code == 200, reply.text
+        return [error["id"] for error in reply.json]
 
 
-def select(app, sql, *values):
-    """Return the rows of a query on the app's database, as tuples."""
-    return [tuple(row) for row in core(app).database.connection().execute(sql, values)]
+def make_client(folder, **settings):
+    """Return a client of a new app on folder/data/errors.db."""
+    (folder / "data" / "spool").mkdir(parents=True, exist_ok=True)
+    app = create_app({"DATABASE_URL": f"sqlite:///{folder}/data/errors.db", **settings})
+    app.test_client_class = Client
+    return app.test_client()
 
 
-def count_rows(app):
-    """Return how many errors are stored."""
-    return select(app, "SELECT count(*) FROM errors")[0][0]
+def core(client):
+    """Return what the routes of a client's app share, which has `maintain` and `close`."""
+    return client.application.extensions["collector"]
 
 
-def event_ids(app):
-    """Return the event ids that are stored, in the order of their rows."""
-    return [event_id for (event_id,) in select(app, "SELECT event_id FROM errors ORDER BY id")]
-
-
-def spooled(app):
-    """Return how many deliveries wait in the spool."""
-    return len(core(app).spool.names())
-
-
-def maintain(app):
-    """Do all the maintenance there is, whether it is due or not, as after a pause."""
-    shared = core(app)
-    shared.database.paused_until = -math.inf
-    shared.due = dict.fromkeys(shared.steps, -math.inf)
-    while shared.maintain():
+def maintain(client):
+    """Do the maintenance that is due; all of it is in an app that has just been made."""
+    while core(client).maintain():
         pass
 
 
-def counts(client):
-    """Return the counts of deliveries as /config shows them, by outcome and reason."""
-    core(client.application).write_counts()
-    rows = client.get("/config").json["deliveries"]
+def counts(client, **headers):
+    """Return the counts of deliveries by (outcome, reason), those in memory written first."""
+    core(client).close()
+    rows = client.get("/config", headers=headers).json["deliveries"]
     return {(row["outcome"], row["reason"]): row["count"] for row in rows}
+
+
+@pytest.fixture
+def app(tmp_path):
+    """Return a function that makes an app with the settings given, and returns its client."""
+    with contextlib.ExitStack() as stack:
+
+        def make(**settings):
+            client = make_client(tmp_path, **settings)
+            stack.callback(core(client).close)
+            return client
+
+        yield make
+
+
+@pytest.fixture
+def client(app):
+    return app()
+
+
+def select(path, sql, *values):
+    """Return the rows of a query on a database, as tuples; nothing is written."""
+    with contextlib.closing(sqlite3.connect(f"file:{path}?mode=ro", uri=True)) as connection:
+        return connection.execute(sql, values).fetchall()
+
+
+@pytest.fixture
+def database(tmp_path):
+    """Return a function that returns the rows of a query on the database of `app`."""
+    return lambda sql, *values: select(tmp_path / "data" / "errors.db", sql, *values)
 
 
 @contextlib.contextmanager
@@ -205,15 +180,15 @@ def locked(path):
 
 @pytest.fixture
 def log(caplog):
-    """Return a function that returns the lines that the collector has logged so far."""
-    logger = logging.getLogger("collector")
-    logger.addHandler(caplog.handler)
-    caplog.set_level(logging.INFO, logger="collector")
-    yield lambda: [record.getMessage() for record in caplog.records]
-    logger.removeHandler(caplog.handler)
+    """Return a function that returns the lines that the collector has logged in this process."""
+    caplog.set_level(logging.INFO, logger="gunicorn.error")
+    return lambda: [record.getMessage() for record in caplog.records]
 
 
-def wait_for(condition, seconds=10):
+# A real gunicorn
+
+
+def wait_for(condition, seconds=20):
     """Return the condition's first true value; fail if there is none in time."""
     deadline = time.monotonic() + seconds
     while time.monotonic() < deadline:
@@ -224,122 +199,108 @@ def wait_for(condition, seconds=10):
     raise AssertionError(f"not within {seconds} s: {condition}")
 
 
-gunicorns = []  # all processes of gunicorns; the last is to be the next one
-
-
-def stand_by():
-    """Start a process that waits to be told which gunicorn it is."""
-    process = subprocess.Popen(
-        [sys.executable, ROOT / "tests" / "standby.py"],
-        stdin=subprocess.PIPE,
-        stdout=subprocess.DEVNULL,
-        text=True,
-        start_new_session=True,
-    )
-    gunicorns.append(process)
+def children(pid):
+    """Return the processes that a process has started, none if it has ended."""
+    try:
+        return [int(pid) for pid in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]
+    except (FileNotFoundError, ProcessLookupError):
+        return []
 
 
 def start_gunicorn(folder, log, env, *arguments):
     """Return the process of a gunicorn that runs in `folder` and whose output goes to the file `log`."""
-    order = {"folder": str(folder), "log": str(log), "env": env, "arguments": arguments}
-    if not gunicorns:
-        stand_by()
-    process = gunicorns[-1]
-    process.stdin.write(f"{json.dumps(order)}\n")
-    process.stdin.close()
-    stand_by()
-    return process
-
-
-def pytest_sessionfinish():
-    """End the process that waits, and what a test has left whose server did not come up."""
-    for process in gunicorns:
-        process.stdin.close()
-        if process.poll() is None:
-            os.killpg(process.pid, signal.SIGKILL)
-            process.wait()
+    program = Path(sys.executable).with_name("gunicorn")
+    with open(log, "ab") as output:
+        options = {"cwd": folder, "env": env, "start_new_session": True}
+        return subprocess.Popen([program, *arguments], stdout=output, stderr=output, **options)
 
 
 class Server:
-    """A real gunicorn with the settings of the README, in a process group of its own."""
+    """A real gunicorn with the settings of the README, in a process group and a folder of its own."""
 
     def __init__(self, folder, **env):
         with socket.socket() as probe:
             probe.bind(("127.0.0.1", 0))
             self.port = probe.getsockname()[1]
-        self.folder, self.log = Path(folder), Path(folder) / "server.log"
+        self.folder = Path(folder)
         self.folder.mkdir(parents=True, exist_ok=True)
-        self.env = {key: value for key, value in os.environ.items() if key not in SETTINGS}
-        self.env |= {
-            "DATABASE_URL": f"sqlite:///{self.folder}/data/errors.db",
-            "PORT": str(self.port),
-            "PYTHONPATH": os.pathsep.join([str(ROOT), str(ROOT / "tests")]),
-            **env,
-        }
+        self.log = self.folder / "server.log"
+        self.database = self.folder / "data" / "errors.db"
+        self.env = {name: value for name, value in os.environ.items() if name not in SETTINGS}
+        self.env |= {"DATABASE_URL": f"sqlite:///{self.database}", "PORT": str(self.port)}
+        self.env |= {"PYTHONPATH": str(ROOT), **env}
         self.process = None
 
-    def start(self, *arguments, app="served:app", wait=True):
-        """Start gunicorn in self.folder, where no developer's .env is; its output goes to self.log."""
-        config = ROOT / "gunicorn.conf.py"
-        self.process = start_gunicorn(
-            self.folder, self.log, self.env, "--config", str(config), *arguments, app
-        )
+    def start(self, *arguments, config=ROOT / "gunicorn.conf.py", wait=True):
+        """Start gunicorn in the folder, where no developer's .env is; return this server."""
+        options = ["--config", config, *arguments]
+        self.process = start_gunicorn(self.folder, self.log, self.env, *options)
         if wait:
-            wait_for(self.is_up, 20)
+            wait_for(self.is_up)
         return self
 
     def is_up(self):
+        """Return True once it answers; fail if it has ended."""
         assert self.process.poll() is None, self.log.read_text()
-        try:
+        with contextlib.suppress(OSError):
             return self.request("GET", "/health")[0] in (200, 503)
-        except OSError:
-            return False
 
-    def request(self, method, path, body=None, headers=None, timeout=10):
+    def request(self, method, path, body=None, headers=None, timeout=20):
         """Return status, headers and body of one request on a connection of its own."""
         connection = http.client.HTTPConnection("127.0.0.1", self.port, timeout=timeout)
-        try:
+        with contextlib.closing(connection):
             connection.request(method, path, body, headers or {})
             response = connection.getresponse()
             return response.status, dict(response.getheaders()), response.read()
-        finally:
-            connection.close()
 
-    def deliver(self, payload, headers=None, timeout=10):
+    def deliver(self, payload, headers=None):
         """Post a payload as Sentry would; return the status and the reply, parsed."""
-        body = payload if isinstance(payload, bytes) else wire(payload)
-        status, _, reply = self.request("POST", "/sentry/webhook", body, headers, timeout)
+        status, _, reply = self.request("POST", "/sentry/webhook", wire(payload), headers)
         return status, json.loads(reply)
 
     def get(self, path, **headers):
         """Return the parsed JSON of a path."""
         return json.loads(self.request("GET", path, headers=headers)[2])
 
-    def kill(self):
-        """Kill every process of the server at once, as a power cut would."""
-        with contextlib.suppress(ProcessLookupError):
-            os.killpg(self.process.pid, signal.SIGKILL)
-        self.process.wait()
+    def spooled(self):
+        """Return the files that wait in the spool."""
+        return sorted((self.folder / "data" / "spool").glob("*.delivery"))
+
+    def workers(self):
+        """Return the process ids of the workers."""
+        return children(self.process.pid)
 
     def stop(self):
-        """Stop the server if it runs; kill what is left."""
-        if self.process and self.process.poll() is None:
-            self.process.terminate()
-            with contextlib.suppress(subprocess.TimeoutExpired):
-                self.process.wait(10)
+        """Ask the server to end; return its exit status."""
+        self.process.terminate()
+        return self.process.wait(20)
+
+    def kill(self):
+        """Kill every process of the server at once, as a power cut would."""
         if self.process:
-            self.kill()
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(self.process.pid, signal.SIGKILL)
+            self.process.wait()
+
+
+@contextlib.contextmanager
+def serving(folder, **env):
+    """Run a gunicorn on a folder with the settings given."""
+    server = Server(folder, **env)
+    try:
+        yield server.start()
+    finally:
+        server.kill()
 
 
 @pytest.fixture
-def make_server(tmp_path):
+def server(tmp_path):
     """Return a function that starts a gunicorn with the settings given; all are killed at the end."""
-    servers = []
+    with contextlib.ExitStack() as stack:
 
-    def make(*arguments, folder=tmp_path / "server", wait=True, **env):
-        servers.append(Server(folder, **env))
-        return servers[-1].start(*arguments, wait=wait)
+        def make(*arguments, folder=tmp_path / "server", wait=True, **env):
+            server = Server(folder, **env)
+            stack.callback(server.kill)
+            return server.start(*arguments, wait=wait)
 
-    yield make
-    for server in servers:
-        server.kill()
+        yield make
