@@ -1,5 +1,6 @@
 """The README: its commands run as they stand there, and what it names is all there is."""
 
+import json
 import os
 import re
 import shutil
@@ -10,33 +11,13 @@ import time
 from pathlib import Path
 
 import pytest
-from conftest import ROOT, Server, event_payload, wait_for
-
-from collector import DEFAULTS, create_app, read_settings
+from conftest import ROOT, SETTINGS, Server, event_payload, wait_for
 
 README = (ROOT / "README.md").read_text(encoding="utf-8")
-FENCES = re.findall(r"^```(\w+)\n(.*?)^```$", README, re.MULTILINE | re.DOTALL)
-PROSE = re.sub(r"^```.*?^```$", "", README, flags=re.MULTILINE | re.DOTALL)
-PROGRAMS = (
-    ".venv/bin/",
-    "cloudflared ",
-    "curl ",
-    "docker ",
-    "journalctl ",
-    "kill ",
-    "sqlite3 ",
-    "sudo ",
-)
-NOT_RUN = {  # what a command begins with or holds, and why it is not run here
-    "cloudflared": "needs a public address",
-    "https://errors.example.com": "needs a public address",
-    "docker": "needs Docker",
-    "sudo": "needs root and systemd",
-    "journalctl": "needs systemd",
-    "kill": "needs the number of a process",
-    "tests/benchmark.py": "takes minutes",
-    "pip install": "installs packages, as CI does; its last part starts the service of these tests",
-}
+FENCES = re.findall(r"^ *```(\w+)\n(.*?)^ *```$", README, re.MULTILINE | re.DOTALL)
+PROSE = re.sub(r"^ *```.*?^ *```$", "", README, flags=re.MULTILINE | re.DOTALL)
+# Parts of commands that need a public address, Docker, systemd, minutes, or packages.
+NOT_RUN = "cloudflared errors.example docker sudo journalctl kill benchmark.py install".split()
 
 
 def fences(language):
@@ -45,224 +26,174 @@ def fences(language):
 
 
 def read_commands():
-    """Return every command of the README, in its order; a loop is one, and cron's is what cron runs."""
+    """Return the commands of the README, a loop as one, and of cron's line what cron runs."""
     commands = []
-    for language, text in FENCES:
-        if language == "sh":
-            is_loop = "while" in text
-            commands += [text] if is_loop else text.splitlines()
-        elif language == "cron":
-            commands.append(text.split(" ", 5)[5].replace(r"\%", "%"))
-    inline = re.findall(r"`([^`\n]+)`", PROSE)
-    return commands + [code for code in inline if code.startswith(PROGRAMS)]
-
-
-def reason_not_to_run(command):
-    """Return why a command is not run here, or None if it is."""
-    for part, reason in NOT_RUN.items():
-        if part in command:
-            return reason
-    return None
+    for text in fences("sh"):
+        commands += [text] if "while" in text else text.splitlines()
+    for text in fences("cron"):
+        commands.append(text.split(" ", 5)[5].replace(r"\%", "%"))
+    inline = re.findall(r"`((?:\.venv/bin/|curl|docker|sqlite3|kill) ?[^`\n]+)`", PROSE)
+    return [command.strip() for command in commands + inline]
 
 
 COMMANDS = read_commands()
-SERVERS = [command for command in COMMANDS if command.endswith(".venv/bin/gunicorn")]
-SKIPPED = [command for command in COMMANDS if reason_not_to_run(command)]
-LOOPS = [command for command in COMMANDS if "while" in command]
-PLAIN = [command for command in COMMANDS if command not in [*SERVERS, *SKIPPED, *LOOPS]]
+(LOOP,) = [command for command in COMMANDS if "while" in command]
+(TUNNEL,) = [command for command in COMMANDS if command.startswith("PUBLIC_URL")]
+(RESTORE,) = [command for command in COMMANDS if "sudo -u collector sh" in command]
+START = COMMANDS[0].rpartition("&& ")[2]
+PLAIN = [
+    command
+    for command in COMMANDS
+    if command not in (LOOP, TUNNEL)
+    and not any(part in command for part in NOT_RUN)
+    and not re.match("SENTRY_", command)  # lines of .env
+]
 
 
 class Checkout(Server):
     """A copy of the checkout, in which the README's commands run; 8000 becomes a free port."""
 
     def __init__(self, folder):
-        names = (
-            "collector.py worker.py schema.sql gunicorn.conf.py templates tests/payloads".split()
-        )
-        folder.mkdir()
-        for name in names:
-            copy = shutil.copytree if (ROOT / name).is_dir() else shutil.copy
-            copy(ROOT / name, folder / name)
+        ignored = shutil.ignore_patterns(".git", ".venv", ".env", "data", "*cache*")
+        shutil.copytree(ROOT, folder, ignore=ignored)
         (folder / ".venv").symlink_to(Path(sys.executable).parent.parent)
         super().__init__(folder)
         del self.env["DATABASE_URL"], self.env["PYTHONPATH"]
-        self.env.pop("PYTHONDONTWRITEBYTECODE", None)  # each command would compile the module anew
 
-    def command(self, text):
-        """Return the arguments and options that run a text of the README in this checkout."""
+    def begin(self, text, output):
+        """Start a text of the README, in this checkout; return its process."""
         text = text.replace("localhost:8000", f"localhost:{self.port}")
-        text = text.replace("/opt/collector", str(self.folder))
-        return {"cwd": self.folder, "env": self.env, "args": ["bash", "-c", text]}
+        command = ["bash", "-c", text.replace("/opt/collector", str(self.folder))]
+        options = {"cwd": self.folder, "env": self.env, "start_new_session": True}
+        return subprocess.Popen(command, stdout=output, stderr=subprocess.STDOUT, **options)
 
     def run(self, text):
         """Run a text of the README; return what it printed, or fail if it failed."""
-        done = subprocess.run(
-            **self.command(text), capture_output=True, text=True, check=False, timeout=60
-        )
-        assert done.returncode == 0, f"{text}\n{done.stdout}{done.stderr}"
-        return done.stdout
+        process = self.begin(text, subprocess.PIPE)
+        output = process.communicate(timeout=60)[0].decode()
+        assert process.returncode == 0, f"{text}\n{output}"
+        return output
 
-    def begin(self, text, log):
-        """Start a program of the README, what it prints going to the file `log`."""
-        with log.open("ab") as output:
-            return subprocess.Popen(
-                **self.command(text), stdout=output, stderr=output, start_new_session=True
-            )
-
-    def start(self, text):
-        self.process = self.begin(text, self.log)
-        wait_for(self.is_up, 20)
-        return self
+    def start(self, text=START):
+        with self.log.open("ab") as log:
+            self.process = self.begin(text, log)
+        wait_for(self.is_up)
 
 
-@pytest.fixture(scope="module")
-def make_checkout(tmp_path_factory):
-    """Return a function that starts the service in a new copy of the checkout."""
-    checkouts = []
-
-    def make(command):
-        checkouts.append(Checkout(tmp_path_factory.mktemp("readme") / "checkout"))
-        return checkouts[-1].start(command)
-
-    yield make
-    for checkout in checkouts:
-        checkout.kill()
-
-
-@pytest.fixture(scope="module")
-def checkout(make_checkout):
-    """Return a checkout whose service the README's first command has started, its packages installed."""
-    return make_checkout(SERVERS[0].rpartition("&& ")[2])
-
-
-def need(*programs):
-    """Skip the test if a program is not installed."""
-    for program in programs:
-        if not shutil.which(program):
+@pytest.fixture
+def checkout(tmp_path):
+    """Return a checkout of which nothing runs yet."""
+    for program in ("curl", "jq", "sqlite3"):
+        if not shutil.which(program) and not os.environ.get("CI"):
             pytest.skip(f"needs {program}")
+    found = Checkout(tmp_path / "checkout")
+    yield found
+    found.kill()
 
 
-def as_pattern(shown):
-    """Return the regular expression of an output that is shown with "..." for what is left out."""
-    lines = [re.escape(line) for line in shown.splitlines()]
-    return "\n".join(".*" if line == r"\.\.\." else line for line in lines)
-
-
-def test_the_readme_is_short():
-    assert len(README.split()) <= 1300
-    assert README.count("\n") <= 180
+def test_the_readme_is_short_and_begins_with_what_is_needed_first():
+    assert len(README.split()) <= 1300 and README.count("\n") <= 200
     assert "```sh" in "\n".join(README.splitlines()[:10])
+    assert (len(COMMANDS), len(PLAIN)) > (20, 3)
 
 
-def test_the_commands_are_read():
-    assert (len(SERVERS), len(LOOPS)) == (2, 1)
-    assert (len(PLAIN), len(SKIPPED)) > (4, 8)
-
-
-@pytest.mark.parametrize("command", SKIPPED)
-def test_what_cannot_run_here_says_why(command):
-    pytest.skip(reason_not_to_run(command))
-
-
-def test_every_other_command_runs_as_it_stands(checkout):
-    need("curl", "sqlite3")
-    checkout.deliver(event_payload())
-    for command in PLAIN:
-        print(f"$ {command}\n{checkout.run(command)}")
-    data = checkout.folder / "data"
-    backups = [*data.glob("backups/*.db"), data / "before-upgrade.db"]
-    assert [backup.stat().st_size > 0 for backup in backups] == [True, True]
-
-
-def test_what_is_shown_is_what_comes(make_checkout):
-    need("curl")
-    checkout = make_checkout(".venv/bin/gunicorn")
+def test_the_first_error_is_shown_as_the_readme_shows_it(checkout):
+    checkout.start()
     (transcript,) = fences("console")
     steps = re.findall(r"^\$ (.*)\n((?:[^$].*\n)*)", transcript, re.MULTILINE)
     assert len(steps) == 2
     for command, shown in steps:
+        lines = [re.escape(line) for line in shown.splitlines()]
+        pattern = "\n".join(".*" if line == r"\.\.\." else line for line in lines)
         output = checkout.run(f"{command} -s")
-        assert re.fullmatch(as_pattern(shown), output.strip(), re.DOTALL), output
+        assert re.fullmatch(pattern, output.strip(), re.DOTALL), output
 
 
-def test_public_url_is_what_the_overview_shows(make_checkout):
-    url = re.search(r"PUBLIC_URL=(\S+)", SERVERS[1])[1]
-    checkout = make_checkout(SERVERS[1])
-    assert checkout.get("/")["connect"]["webhook_url"] == f"{url}/sentry/webhook"
-
-
-def test_the_agents_addresses_are_text(checkout):
+def test_the_tunnel_has_a_token_that_the_agents_lines_send(checkout):
+    checkout.start(TUNNEL)
+    checkout.env["API_TOKEN"] = re.search(r"API_TOKEN=(\S+)", TUNNEL)[1]
+    token = {"Authorization": f"Bearer {checkout.env['API_TOKEN']}"}
+    url = re.search(r"PUBLIC_URL=(\S+)", TUNNEL)[1]
+    assert checkout.request("GET", "/errors")[0] == 401
+    assert checkout.get("/", **token)["connect"]["webhook_url"] == f"{url}/sentry/webhook"
+    checkout.deliver(event_payload(title="WORD", issue_id="9"))
     (words,) = fences("markdown")
-    paths = re.findall(r"(?:localhost:8000|`)(/[^'`]+)", words)
-    assert len(paths) == 3
+    assert checkout.run(re.search(r"`(curl [^`]*)`", words)[1]).startswith("error: 1\n")
+    paths = re.findall(r"`(/[^`]+)`", words)
+    assert len(paths) == 2
     for path in paths:
-        status, headers, _ = checkout.request("GET", path)
-        assert (status, headers["Content-Type"]) == (200, "text/plain; charset=utf-8"), path
+        status, headers, reply = checkout.request("GET", path, headers=token)
+        assert (status, headers["Content-Type"]) == (200, "text/plain; charset=utf-8")
+        assert reply.startswith(b"#1 "), path
 
 
-def test_the_loops_start_now_and_outlive_a_restart(checkout, tmp_path):
-    need("curl", "jq")
-    before = checkout.deliver(event_payload("before"))[1]["id"]
-    python = tmp_path / "follow.py"
-    python.write_text(fences("python")[0].replace("localhost:8000", f"localhost:{checkout.port}"))
-    logs = tmp_path / "sh", tmp_path / "python"
-    loops = [
-        checkout.begin(LOOPS[0], logs[0]),
-        checkout.begin(f"exec .venv/bin/python -u {python}", logs[1]),
-    ]
+def test_every_other_command_runs_as_it_stands_and_a_backup_is_restored(checkout):
+    checkout.start()
+    checkout.deliver(event_payload(1))
+    for command in PLAIN:
+        print(f"$ {command}\n{checkout.run(command)}")
+    (backup,) = (checkout.folder / "data/backups").glob("*.db")
+    checkout.deliver(event_payload(2))
+    checkout.stop()
+    restore = RESTORE.replace("sudo -u collector ", "").replace("backup.db", str(backup))
+    checkout.run(restore)
+    checkout.start()
+    assert [error["id"] for error in checkout.get("/errors")] == [1]
+    assert (checkout.folder / "data/aside/errors.db").exists()
 
-    def followed(number):
-        """Return True if both loops have shown an error of a number; deliver another one."""
+
+def test_the_loop_starts_now_and_outlives_a_restart(checkout, tmp_path):
+    checkout.start()
+    checkout.deliver(event_payload("before"))
+    log = tmp_path / "loop.log"
+    with log.open("ab") as output:
+        loop = checkout.begin(LOOP, output)
+
+    def has_followed(number):
+        """Return True if the loop has shown an error of a number; deliver another one."""
         checkout.deliver(event_payload(os.urandom(16).hex(), title=f"number {number}"))
         time.sleep(0.1)
-        return all(f"number {number}" in log.read_text() for log in logs)
+        return f"number {number}" in log.read_text()
 
     try:
-        wait_for(lambda: followed(1), 20)
+        wait_for(lambda: has_followed(1))
         checkout.stop()
-        wait_for(lambda: "Failed to connect" in logs[0].read_text(), 20)
-        wait_for(lambda: "trying again" in logs[1].read_text(), 20)
-        checkout.start(SERVERS[0].rpartition("&& ")[2])
-        wait_for(lambda: followed(2), 20)
+        wait_for(lambda: "Failed to connect" in log.read_text())
+        checkout.start()
+        wait_for(lambda: has_followed(2))
     finally:
-        for loop in loops:
-            os.killpg(loop.pid, signal.SIGKILL)
-            loop.wait()
-    shown = re.findall(r'^\{"id":(\d+)', logs[0].read_text(), re.MULTILINE)
-    printed = re.findall(r"^(\d+) ", logs[1].read_text(), re.MULTILINE)
-    for ids in (shown, printed):
-        numbers = [int(id_) for id_ in ids]
-        assert numbers == list(range(numbers[0], numbers[0] + len(numbers)))
-        assert numbers[0] > before
+        os.killpg(loop.pid, signal.SIGKILL)
+        loop.wait()
+    ids = [int(id_) for id_ in re.findall(r'^\{"id":(\d+)', log.read_text(), re.MULTILINE)]
+    assert ids == list(range(ids[0], ids[0] + len(ids))) and ids[0] > 1
 
 
-@pytest.mark.parametrize("name", DEFAULTS)
-def test_every_setting_is_where_one_looks_for_it(name):
-    (row,) = re.findall(rf"^`.*\b{name}`.* \| .*$", README, re.MULTILINE)
-    assert DEFAULTS[name] in row
-    assert f"\n#{name}=" in (ROOT / ".env.example").read_text()
-    elsewhere = {"DATABASE_URL": ("Dockerfile", "DATABASE_URL=sqlite:////data/errors.db")}
-    elsewhere["PORT"] = "docker-compose.yml", "${PORT:-8000}:8000"
-    file, words = elsewhere.get(name, ("docker-compose.yml", f"{name}: ${{{name}:-}}"))
-    assert words in (ROOT / file).read_text()
-
-
-def test_the_example_of_settings_is_valid():
-    text = (ROOT / ".env.example").read_text()
-    assert read_settings(dict(re.findall(r"^#([A-Z_]+)=(.*)$", text, re.MULTILINE)))
-
-
-def test_every_route_is_named():
-    rules = {rule.rule.replace("int:id_", "id") for rule in create_app().url_map.iter_rules()}
-    paths = {rule.rstrip("/") or "/" for rule in rules}
-    assert "/errors/<id>/payload" in paths
-    assert [path for path in paths if not re.search(f"[` ]{re.escape(path)}`", README)] == []
+def test_every_setting_is_where_one_looks_for_it(checkout):
+    names = (".env.example", "docker-compose.yml", "Dockerfile")
+    files = {name: (ROOT / name).read_text().replace("\\\n", "") for name in names}
+    for name in SETTINGS:
+        assert re.search(rf"^`.*\b{name}`.* \| .*$", README, re.MULTILINE), name
+        assert f"\n#{name}=" in files[".env.example"]
+        if name not in ("DATABASE_URL", "PORT"):
+            assert f"{name}: ${{{name}:-}}" in files["docker-compose.yml"]
+    assert "${PORT:-8000}:8000" in files["docker-compose.yml"]
+    assert "DATABASE_URL=sqlite:////data/errors.db" in files["Dockerfile"]
+    example = re.sub(r"^#(?=[A-Z_]+=)", "", files[".env.example"], flags=re.MULTILINE)
+    (checkout.folder / ".env").write_text(example.replace("SENTRY_DSN=https", "SENTRY_DSN=http"))
+    checkout.start()  # where the environment's PORT wins
+    probe = json.loads(re.search(r"^HEALTHCHECK .*?CMD (.*)", files["Dockerfile"], re.M | re.S)[1])
+    command = [sys.executable, *probe[1:]]
+    env = {"PORT": str(checkout.port), "http_proxy": "http://127.0.0.1:9"}
+    assert subprocess.run(command, env=env, check=False).returncode == 0
+    checkout.stop()
+    assert subprocess.run(command, env=env, check=False, capture_output=True).returncode != 0
 
 
 def test_every_link_leads_somewhere():
     headings = re.findall(r"^#+ (.*)$", PROSE, re.MULTILINE)
-    anchors = {f"#{heading.lower().replace(' ', '-')}" for heading in headings}
-    links = re.findall(r"\]\(([^)]+)\)", PROSE)
-    inside = [link for link in links if not link.startswith("http")]
-    assert inside
-    assert [link for link in inside if link not in anchors and not (ROOT / link).exists()] == []
+    words = [re.sub("[^a-z -]", "", heading.lower()) for heading in headings]
+    anchors = {f"#{word.replace(' ', '-')}" for word in words}
+    links = [link for link in re.findall(r"\]\(([^)]+)\)", PROSE) if not link.startswith("http")]
+    assert links
+    assert [link for link in links if link not in anchors and not (ROOT / link).exists()] == []
+    assert "## 3.0.0" in (ROOT / "CHANGELOG.md").read_text()
