@@ -65,12 +65,12 @@ PAIRS = 100  # headers of a request, and parameters of its query
 CRUMBS = 20  # breadcrumbs of an event, the newest ones
 ITEMS = 200  # values of an object or of a list
 VALUES = 20_000  # values of one part of an event, such as its contexts, at any depth
-DEPTH = 6  # levels of nested objects and lists
+DEPTH = 12  # levels of nested objects and lists, as a Redux state has
 JSON_LENGTH = 100_000  # characters of a request's body, sent as JSON text, that are read as JSON
 SCANNED_ENTRIES = 100  # entries of a service hook's event, which has about ten
 SCANNED_OBJECTS = 10_000  # exceptions, threads or breadcrumbs, among which some are looked for
 
-REST = "…"  # the key under which an object says how much of it was cut
+REST = "…"  # what stands for all that was cut, as a value, a key or a last item
 MASK = "[masked]"  # what stands in the place of a secret
 
 # The names of values that are secrets, however their parts are joined.
@@ -310,11 +310,6 @@ def plain(value, depth=DEPTH, room=None):
     return cut(str(value), COLUMN_LENGTH)
 
 
-def rest(number, what="more"):
-    """Return the word that stands for values that were cut."""
-    return f"… {number:,} {what} cut"
-
-
 def plain_object(value, depth, room, limit=ITEMS):
     """Return a plain copy of a dict, of its first `limit` values at most."""
     kept = take_room(room, "values", min(len(value), limit))
@@ -326,7 +321,7 @@ def plain_object(value, depth, room, limit=ITEMS):
     if "value" in copy and isinstance(label, str) and is_secret(label):
         copy["value"] = MASK
     if len(value) > kept:
-        copy[REST] = rest(len(value) - kept)
+        copy[REST] = REST
     return copy
 
 
@@ -341,7 +336,7 @@ def plain_list(value, depth, room):
             if is_name and is_secret(name):
                 copy[index] = MASK
     if len(value) > kept:
-        copy.append(rest(len(value) - kept))
+        copy.append(REST)
     return copy
 
 
@@ -379,7 +374,7 @@ def read_pairs(value, limit):
         if isinstance(pair, list | tuple) and len(pair) == 2 and isinstance(pair[0], str):
             pairs.append((clean(cut(pair[0], NAME_LENGTH)), as_text(pair[1], room)))
     if len(value) > limit:
-        pairs.append((REST, rest(len(value) - limit)))
+        pairs.append((REST, REST))
     return pairs
 
 
@@ -539,7 +534,8 @@ FIELDS = {
 }
 # The categories of occurrences by the thousands of their type's number.
 OCCURRENCES = {
-    1: "performance", 2: "profile", 4: "cron", 5: "replay", 6: "feedback", 7: "uptime", 8: "metric",
+    1: "performance", 2: "profile", 3: "ai_detected", 4: "cron", 5: "replay", 6: "feedback",
+    7: "uptime", 8: "metric", 11: "preprod", 12: "instrumentation", 13: "configuration",
 }  # fmt: skip
 # The types of events that are no errors, which are their categories, too.
 EVENT_TYPES = ("csp", "hpkp", "expectct", "expectstaple", "nel", "feedback")
@@ -560,8 +556,8 @@ def find_category(event, issue, occurrence):
     if sent:
         return sent.lower()
     occurrence_type = integer(occurrence.get("type"))
-    if occurrence_type is not None and occurrence_type // 1000 in OCCURRENCES:
-        return OCCURRENCES[occurrence_type // 1000]
+    if occurrence_type is not None:
+        return OCCURRENCES.get(occurrence_type // 1000, "other")
     return event["type"] if event.get("type") in EVENT_TYPES else "error"
 
 
@@ -662,8 +658,8 @@ def parse_lines(lines, last=False):
     if number <= 0:
         return [parse_line(value) for value in lines]
     if last:
-        return [rest(number), *map(parse_line, lines[-CONTEXT_LINES:])]
-    return [*map(parse_line, lines[:CONTEXT_LINES]), rest(number)]
+        return [REST, *map(parse_line, lines[-CONTEXT_LINES:])]
+    return [*map(parse_line, lines[:CONTEXT_LINES]), REST]
 
 
 def find_lines(frame, number):
@@ -735,7 +731,7 @@ def parse_frames(holder, room):
         if isinstance(frame, dict):
             parsed.append(parse_frame(frame, room))
     if number_cut:
-        parsed.append(parse_frame({"function": rest(number_cut, "older frames")}, room))
+        parsed.append(parse_frame({"function": REST}, room))
     parsed.reverse()
     return parsed
 
@@ -797,7 +793,7 @@ def parse_exceptions(event, metadata):
         stacktrace = parse_crash(event, metadata, room)
         crash["frames"] = stacktrace
     if len(sent) > EXCEPTIONS:
-        cut_off = {"type": REST, "value": rest(len(sent) - EXCEPTIONS, "inner exceptions")}
+        cut_off = {"type": REST}
         parsed.insert(0, parse_exception(cut_off, main, room))
     return parsed, stacktrace
 

@@ -13,12 +13,12 @@ LINES = {
     "entrypoint.sh": 15,
     "schema.sql": 100,
     "templates/*": 520,
-    "tests/*.py": 6500,
+    "tests/*.py": 6510,
     "tests/benchmark.py": 420,
     "README.md": 200,
 }
 SECTIONS = {
-    "Parsing": 945,
+    "Parsing": 925,
     "Storage": 745,
     "Intake": 192,
     "Presentation": 310,
