@@ -10,6 +10,7 @@ import errno
 import fcntl
 import os
 import re
+import resource
 import select
 import socket
 import tempfile
@@ -17,29 +18,30 @@ import time
 
 from gunicorn.workers.sync import SyncWorker
 
-REQUEST_SECONDS = 5  # time for a request to arrive whole, and for a reader to be taken up
+REQUEST_SECONDS = 5  # time for a request to arrive whole
+READER_SECONDS = 3  # time for a reader to be taken up after that
 YOUNG_SECONDS = 1  # age up to which an unfinished request keeps its worker from readers
 PART_SECONDS = 5  # time for a client to take a part of its reply
 PART_BYTES = 64 * 1024  # bytes of such a part
 STOPPING_SECONDS = 1  # time in which a stopping worker serves what is here
-POLL_SECONDS = 0.02  # time between two attempts to get a reader's slot
+POLL_SECONDS = 0.02  # time between two attempts to serve a reader
 IDLE_SECONDS = 0.5  # longest time between two steps of maintenance
-MOST_HELD = 400  # requests that a worker holds, more than a burst brings
-MOST_BYTES = 32 * 1024 * 1024  # bytes of them
-RECEIVE_BYTES = 256 * 1024  # bytes that are received at a time
-HEAD_BYTES = 64 * 1024  # bytes in which the head of a request has to end
-MOST_LINES = 100_000  # lines of a chunked request, because gunicorn takes 3 us for a chunk
+MOST_HELD = min(400, resource.getrlimit(resource.RLIMIT_NOFILE)[0] // 2)  # requests of a burst
+MOST_BYTES = 33 * 1024 * 1024  # bytes of them, the largest body with its head
+HEAD_BYTES = 64 * 1024  # bytes in which a head has to end, and what follows the last chunk
+MOST_CHUNKS = 50_000  # chunks of a request, for which gunicorn takes half a second
+LINE_BYTES = 200  # bytes of the line before a chunk, with its extensions
 
 LENGTH = re.compile(rb"\r\nContent-Length:[ \t]*([0-9]{1,18})[ \t]*\r\n", re.IGNORECASE)
-CHUNKED = re.compile(rb"\r\nTransfer-Encoding:", re.IGNORECASE)
+CHUNKED = re.compile(rb"\r\nTransfer-Encoding:[^\r\n]*chunked", re.IGNORECASE)
 CONTINUE = re.compile(rb"\r\nExpect:[ \t]*100-continue[ \t]*\r\n", re.IGNORECASE)
-LAST_CHUNK = re.compile(rb"\r\n0+[ \t]*(;[^\r\n]*)?\r\n([^\r\n]+\r\n)*\r\n\Z")
-EXTENSION = re.compile(rb"\r\n[0-9a-fA-F]{1,8}[ \t]*;[^\r\n]{100}")
-URGENT = (b"POST ", b"GET /health")  # beginnings of the requests that wait for no reader
+CHUNK_LINE = re.compile(rb"([0-9a-fA-F]{1,8})[^\r\n]{0,190}\r\n")
+URGENT = (b"POST ", b"GET /health", b"HEAD /health")  # beginnings of what waits for no reader
 
+BUFFER = memoryview(bytearray(64 * 1024))  # what is received of a request at a time
 TURNED_AWAY = (
     b"HTTP/1.1 503 Service Unavailable\r\nConnection: close\r\nRetry-After: 1\r\n"
-    b"Content-Type: application/json\r\n\r\n"
+    b"Content-Type: application/json\r\nX-Robots-Tag: noindex\r\n\r\n"
     b'{"error": "Other readers keep all workers but one; try again, or raise WEB_CONCURRENCY."}\n'
 )
 
@@ -55,37 +57,43 @@ class Client(socket.socket):
         self.young_until = time.monotonic() + YOUNG_SECONDS
         self.late_at = time.monotonic() + REQUEST_SECONDS
         self.data = bytearray()
+        self.chunks = 0  # chunks that are here
+        self.next_chunk = 0  # place of the one after them
         self.is_whole = False  # gunicorn can serve it, or refuse it
 
     def receive(self):
         """Take in what is here. Raises OSError if the connection is broken or abused."""
         with contextlib.suppress(BlockingIOError):
-            part = super().recv(RECEIVE_BYTES, socket.MSG_DONTWAIT)
-            self.data += part
-            self.is_whole = not part or self.has_come()
+            size = self.recv_into(BUFFER, 0, socket.MSG_DONTWAIT)
+            self.data += BUFFER[:size]
+            self.is_whole = size == 0 or self.has_come()
 
     def has_come(self):
-        """Return True if the data end the request, or if no more of it is wanted.
-
-        This only decides when gunicorn starts, which reads the data from their first byte.
-        """
+        """Return True if all of the request is here, or if no more of it is wanted."""
+        # This only decides when gunicorn starts, which reads the data from their first byte.
         end = self.data.find(b"\r\n\r\n", 0, HEAD_BYTES) + 4
         if end < 4:
             return len(self.data) >= HEAD_BYTES
-        head = self.data[:end]
-        length = LENGTH.search(head)
-        has_come = True
-        if CHUNKED.search(head):
-            last_kilobyte = max(end - 2, len(self.data) - 1024)
-            has_come = LAST_CHUNK.search(self.data, last_kilobyte) is not None
-            if has_come and (self.data.count(b"\n") > MOST_LINES or EXTENSION.search(self.data)):
-                raise ConnectionAbortedError("chunks are tiny or have long extensions")
-        elif length:
-            missing = end + int(length[1]) - len(self.data)
-            has_come = missing <= 0 or missing > MOST_BYTES  # which the app refuses by its length
-        if not has_come and len(self.data) == end and CONTINUE.search(head):
+        if len(self.data) == end and CONTINUE.search(self.data):
             self.send(b"HTTP/1.1 100 Continue\r\n\r\n", socket.MSG_DONTWAIT)
-        return has_come
+        if CHUNKED.search(self.data, 0, end):
+            return self.has_last_chunk(end)
+        length = LENGTH.search(self.data, 0, end)
+        missing = end + int(length[1] if length else 0) - len(self.data)
+        return missing <= 0 or missing > MOST_BYTES  # which the app refuses by its length
+
+    def has_last_chunk(self, start):
+        """Return True if the chunks from `start` on are here up to the last, and its trailers."""
+        self.next_chunk = max(self.next_chunk, start)
+        while self.chunks < MOST_CHUNKS and (line := CHUNK_LINE.match(self.data, self.next_chunk)):
+            size = int(line[1], 16)
+            if size == 0:
+                return self.data.find(b"\r\n\r\n", line.end() - 2, line.end() + HEAD_BYTES) >= 0
+            self.next_chunk = line.end() + size + 2
+            self.chunks += 1
+        if self.chunks == MOST_CHUNKS or len(self.data) > self.next_chunk + LINE_BYTES:
+            raise ConnectionAbortedError("its chunks are too small, or have too long extensions")
+        return False
 
     def recv(self, size, flags=0):
         """Return what was received, and then b"", for gunicorn the end of the request."""
@@ -106,95 +114,92 @@ class Client(socket.socket):
 
 
 class Worker(SyncWorker):
-    """A sync worker that no client can hold.
+    """A sync worker that no client can hold, of which all but one serve readers at a time."""
 
-    At most all workers but one serve readers at a time. POST requests and health checks wait for
-    none.
-    """
-
-    # File of which the worker of a reader locks a byte. The kernel unlocks that of a dead worker.
-    slots = None
+    handle_quit = SyncWorker.handle_exit  # where gunicorn would exit in the middle of a request
+    slots = None  # file of which who serves a reader locks a byte, which the kernel frees at a kill
 
     def __init__(self, *args):
         super().__init__(*args)
         if Worker.slots is None:  # in the master, so that all workers have the same
             Worker.slots = tempfile.TemporaryFile(dir=self.cfg.worker_tmp_dir)
-        self.held = []  # clients, the oldest first
+        self.unfinished = []  # clients whose request is not whole, the oldest first
+        self.readers = []  # clients whose request is whole and waits, the oldest first
         self.logged_at = 0  # time of the last line about a client that was dropped
-
-    def maintain(self):
-        """Do a short step of work between requests, and return True if more is to do."""
-        return False
+        self.maintain = lambda: False  # a step of work between requests, True if more is to do
 
     def accept(self, listener):
         """Accept a connection, and serve what can be served."""
         accepted, addr = listener.accept()
-        self.held.append(Client(self, listener, accepted, addr))
+        self.unfinished.append(Client(self, listener, accepted, addr))
         self.step(0)
         self.serve_reader()
 
     def wait(self, timeout):
-        """Wait until there is something to do; return the listeners that have connections."""
+        """Wait until there is something to do, and return the listeners to accept from."""
         self.notify()
         timeout = IDLE_SECONDS
-        if self.held:
+        if self.readers:
             timeout = POLL_SECONDS
         if self.maintain() or self.serve_reader():
             timeout = 0
-        return self.step(timeout)
+        self.step(timeout)
+        return self.sockets
 
     def step(self, timeout):
-        """Receive, serve what is urgent, drop what is late; return the listeners that are ready."""
-        unfinished = [client for client in self.held if not client.is_whole]
-        ready, _, _ = select.select([*self.wait_fds, *unfinished], [], [], timeout)
+        """Receive what comes within `timeout`, serve what is urgent, and drop what is too much."""
+        ready, _, _ = select.select([*self.wait_fds, *self.unfinished], [], [], timeout)
         if self.PIPE[0] in ready:
             os.read(self.PIPE[0], 4096)
-        for client in set(unfinished).intersection(ready):
-            try:
-                client.receive()
-            except OSError as error:
-                self.drop(client, error)
-        if len(self.held) > MOST_HELD:
-            self.drop(self.held[0], "too many requests are unfinished")
-        if sum(len(client.data) for client in self.held) > MOST_BYTES:
-            largest = max(self.held, key=lambda client: len(client.data))
+        for each in ready:
+            if isinstance(each, Client):
+                self.receive(each)
+        while sum(len(client.data) for client in self.unfinished + self.readers) > MOST_BYTES:
+            largest = max(self.unfinished + self.readers, key=lambda client: len(client.data))
             self.drop(largest, "unfinished requests are too large together")
-        for client in list(self.held):
-            if client.is_whole and client.data.startswith(URGENT):
-                self.serve(client)
-            elif time.monotonic() > client.late_at:
-                if client.is_whole:
-                    with contextlib.suppress(OSError):
-                        client.send(TURNED_AWAY, socket.MSG_DONTWAIT)
-                self.drop(client, "it did not come whole in time, or waited too long for readers")
-        return [listener for listener in self.sockets if listener in ready]
+        while len(self.unfinished) + len(self.readers) > MOST_HELD:
+            self.drop((self.readers + self.unfinished)[0], "there are too many requests")
+        while self.readers and self.readers[0].late_at < time.monotonic():
+            self.drop(self.readers[0], "a reader waited too long for others")
+        while self.unfinished and self.unfinished[0].late_at < time.monotonic():
+            self.drop(self.unfinished[0], "a request did not come whole in time")
 
-    def serve(self, client):
-        """Have gunicorn serve a request that is whole."""
-        self.held.remove(client)
-        with contextlib.suppress(OSError):  # of gunicorn's own reply to a client that has gone
-            self.handle(client.listener, client, client.addr)
+    def receive(self, client):
+        """Receive from a client, and serve its request if that is whole and urgent."""
+        try:
+            client.receive()
+        except OSError as error:
+            self.drop(client, error)
+        if client.is_whole:
+            self.unfinished.remove(client)
+            client.late_at = time.monotonic() + READER_SECONDS
+            if client.data.startswith(URGENT):
+                self.handle(client.listener, client, client.addr)
+            else:
+                self.readers.append(client)
 
     def serve_reader(self):
-        """Serve the reader who waits longest, if none of the webhooks can be late by it.
-
-        Returns True if it was served.
-        """
-        readers = [client for client in self.held if client.is_whole]
-        unfinished = [client for client in self.held if not client.is_whole]
-        if not readers or any(time.monotonic() < client.young_until for client in unfinished):
+        """Serve the reader who waits longest if no webhook can be late by it; return True if so."""
+        is_one_coming = self.unfinished and time.monotonic() < self.unfinished[-1].young_until
+        if not self.readers or is_one_coming:
             return False
         for slot in range(max(self.cfg.workers - 1, 1)):
             with contextlib.suppress(BlockingIOError):
                 fcntl.lockf(Worker.slots, fcntl.LOCK_EX | fcntl.LOCK_NB, 1, slot)
-                self.serve(readers[0])
+                reader = self.readers.pop(0)
+                self.handle(reader.listener, reader, reader.addr)
                 fcntl.lockf(Worker.slots, fcntl.LOCK_UN)
                 return True
         return False
 
     def drop(self, client, cause):
         """Close a connection, and log it once a second at most, because strangers can cause it."""
-        self.held.remove(client)
+        if client.is_whole:
+            self.readers.remove(client)
+            with contextlib.suppress(OSError):
+                client.send(TURNED_AWAY, socket.MSG_DONTWAIT)
+        else:
+            self.unfinished.remove(client)
         client.close()
         if time.monotonic() > self.logged_at + 1:
             self.logged_at = time.monotonic()
@@ -204,16 +209,11 @@ class Worker(SyncWorker):
         """Serve until the worker is told to end, then for a while what is here."""
         super().run()
         until = time.monotonic() + STOPPING_SECONDS
-        ready = self.step(0)
-        while (ready or self.held) and time.monotonic() < until:
-            # The second half of the time is for those that were accepted in the first.
-            if ready and time.monotonic() < until - STOPPING_SECONDS / 2:
-                with contextlib.suppress(OSError):
-                    self.accept(ready[0])
+        for listener in self.sockets:
+            with contextlib.suppress(OSError):  # no other connection waits
+                while time.monotonic() < until - STOPPING_SECONDS / 2:
+                    self.accept(listener)
+        self.wait_fds = self.PIPE[:1]
+        while (self.unfinished or self.readers) and time.monotonic() < until:
+            self.step(POLL_SECONDS)
             self.serve_reader()
-            ready = self.step(POLL_SECONDS)
-
-    def handle_quit(self, sig, frame):
-        """End as at SIGTERM, where gunicorn would exit in the middle of a request."""
-        self.cfg.worker_int(self)
-        self.handle_exit(sig, frame)

@@ -2,14 +2,17 @@
 
 import json
 import os
+import resource
 import time
 from pathlib import Path
 
+if "FILES" in os.environ:  # that a process may have open, which the worker looks at
+    resource.setrlimit(resource.RLIMIT_NOFILE, (int(os.environ["FILES"]),) * 2)
+
 import worker
-from worker import Worker
 
 wsgi_app = "bare_app:app"
-worker_class = Worker
+worker_class = worker.Worker
 preload_app = True
 control_socket_disable = True
 graceful_timeout = 2
@@ -19,6 +22,7 @@ maintained = []
 
 for name in (
     "REQUEST_SECONDS",
+    "READER_SECONDS",
     "PART_SECONDS",
     "YOUNG_SECONDS",
     "IDLE_SECONDS",

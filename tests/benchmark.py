@@ -2,8 +2,7 @@
 
     python tests/benchmark.py [--rows 1000000] [--rounds 20] [--only NAME] [--peer]
 
-It needs Linux, and a disk under the temporary folder; TMPDIR names another. Rates are compared with
-rates measured in turns, because they depend on the machine.
+It needs Linux, and a disk under TMPDIR. Rates are compared with rates measured in turns.
 """
 
 import argparse
@@ -11,7 +10,6 @@ import contextlib
 import itertools
 import json
 import multiprocessing
-import os
 import random
 import re
 import socket
@@ -30,14 +28,13 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from conftest import SECRET, Server, children, select, sign
 
 BODY_BYTES = 20_000  # bytes of a usual delivery
-SMALL_BYTES = 1_500  # bytes of a delivery in the big database
 LARGE_BYTES = 5_000_000
 MIDDLE = time.strftime("%Y-%m-%d", time.gmtime(time.time() - 45 * 86400))  # of the times of receipt
 FORK = multiprocessing.get_context("fork")
 RANDOM = random.Random(1)
 NAMES = "webhooks large queries neighbours storm".split()  # of the measurements
 WORDS = ["".join(parts) for parts in itertools.product("ba ce di fo gu lan mer".split(), repeat=4)]
-PROJECTS = "shop api billing mobile worker admin search mail reports intern".split()
+PROJECTS = "shop api mobile intern".split()
 POST = b"POST /sentry/webhook HTTP/1.1\r\nHost: a\r\nConnection: close\r\nRequest-ID: 1\r\n"
 FRAME_KEYS = "in_app abs_path colno context_line data errors package platform symbol vars"
 
@@ -49,14 +46,12 @@ def some(values):
 
 def make_payload(issue_id, length):
     """Return a payload of `length` bytes with a chained trace, and @EVENT@ for its event id."""
-    project = some(PROJECTS)
     frames = []
     cause = {"type": some(WORDS).title(), "value": f"{some(WORDS)} is not {some(WORDS)}"}
     cause["stacktrace"] = {"frames": frames}
     event = {"event_id": "@EVENT@", "title": f"{cause['type']}: {cause['value']}"}
-    event |= {"level": some(["error", "warning", "fatal"]), "platform": "java"}
-    event |= {"culprit": some(WORDS), "environment": some(["production", "staging"])}
-    event["url"] = f"https://sentry.io/api/0/projects/acme/{project}/events/@EVENT@/"
+    event |= {"level": some(["error", "warning", "fatal"]), "culprit": some(WORDS)}
+    event["url"] = f"https://sentry.io/api/0/projects/acme/{some(PROJECTS)}/events/@EVENT@/"
     event["web_url"] = f"https://acme.sentry.io/issues/{issue_id}/events/@EVENT@/"
     event["exception"] = {"values": [cause, cause, cause]}
     while len(json.dumps(event)) < length:
@@ -92,10 +87,8 @@ def timed(server, path, body=None, **headers):
     """Return the milliseconds of a request, which has to succeed."""
     started = time.perf_counter()
     status, _, reply = server.request("POST" if body else "GET", path, body, headers, 60)
-    milliseconds = 1000 * (time.perf_counter() - started)
-    if status not in (200, 201):
-        raise SystemExit(f"{path} was answered with {status} {reply[:1000]}")
-    return milliseconds
+    assert status in (200, 201), f"{path} was answered with {status} {reply[:1000]}"
+    return 1000 * (time.perf_counter() - started)
 
 
 def run_client(results, port, requests, start, body_after):
@@ -126,7 +119,6 @@ class Load:
 
 
 # Neighbours: connections at a time, what each sends first and then every 0.1 s, seconds it stays
-
 HALF = POST + b"Content-Length: 20000\r\n\r\n{"
 NEIGHBOURS = {
     "40 half-sent webhooks": (40, HALF, b"", 4),
@@ -167,24 +159,22 @@ FILL = """
         errors.title || ' n' || n, {0}
     FROM numbers JOIN errors ON errors.id = 1 + n % 1000
 """
+FILL_BODIES = """INSERT INTO bodies SELECT errors.id, payload_bytes, payload FROM errors
+    JOIN bodies ON bodies.id = 1 + errors.id % 1000 WHERE errors.id > 1000"""
 COPIED = "server, category, level, platform, environment, project_slug, culprit, exception_type, exception_value"
 
 
 def fill(server, count):
     """Deliver 1,000 errors, and copy them in the database until it has `count` of a hundredth as many issues."""
     for number in range(1000):
-        body = json.dumps(make_payload(number, SMALL_BYTES)).replace("@EVENT@", f"{number:032x}")
+        body = json.dumps(make_payload(number, 1500)).replace("@EVENT@", f"{number:032x}")
         timed(server, "/sentry/webhook", body.encode(), **sign(body.encode()))
     server.stop()
     with contextlib.closing(sqlite3.connect(server.database)) as connection:
-        connection.execute("PRAGMA synchronous = OFF")
         connection.execute("PRAGMA cache_size = -400000")
-        if count > 1000:
-            values = {"first": 1001, "count": count - 1000, "last": count, "now": time.time()}
-            connection.execute(FILL.format(COPIED), values)
-            copy = """INSERT INTO bodies SELECT errors.id, payload_bytes, payload FROM errors
-                JOIN bodies ON bodies.id = 1 + errors.id % 1000 WHERE errors.id > 1000"""
-            connection.execute(copy)
+        values = {"first": 1001, "count": count - 1000, "last": count, "now": time.time()}
+        connection.execute(FILL.format(COPIED), values)
+        connection.execute(FILL_BODIES)
         connection.commit()
     return server.start()
 
@@ -194,10 +184,9 @@ def peak_memory(server):
     peaks = []
     for worker in children(server.process.pid):
         status = Path(f"/proc/{worker}/status").read_text()
-        found = re.search(r"VmHWM:\s*([0-9]+)", status)  # none of a child that has ended
-        peaks.append(int(found[1]) / 1024 if found else 0)
+        peaks += re.findall(r"VmHWM:\s*([0-9]+)", status)  # none of a child that has ended
         Path(f"/proc/{worker}/clear_refs").write_text("5")
-    return max(peaks)
+    return max(map(int, peaks)) / 1024
 
 
 BARE = """
@@ -209,12 +198,12 @@ def app(environ, start_response):
 """
 # The usual design in one process: an ORM, one table of the same columns, one commit each.
 PEER = """
-import hashlib, hmac, os, sqlite3, time
+import sqlite3, time
 from fastapi import FastAPI, Request
 from sqlalchemy import Column, Integer, LargeBinary, String, create_engine, select
 from sqlalchemy.ext.asyncio import async_sessionmaker, create_async_engine
 from sqlalchemy.orm import declarative_base
-NAMES = "event_id issue_id title culprit level platform environment release url web_url type value".split()
+NAMES = "event_id issue_id title culprit level platform release url web_url type value".split()
 Base = declarative_base()
 class Error(Base):
     __tablename__ = "errors"
@@ -229,8 +218,6 @@ app.get("/health")(lambda: {})
 @app.post("/sentry/webhook", status_code=201)
 async def receive_webhook(request: Request):
     body = await request.body()
-    signature = hmac.new(os.environb[b"SENTRY_CLIENT_SECRET"], body, hashlib.sha256).hexdigest()
-    assert hmac.compare_digest(signature, request.headers["Sentry-Hook-Signature"])
     found = (await request.json())["data"]["error"]
     found |= found["exception"]["values"][-1]
     async with Session() as session:
@@ -255,7 +242,6 @@ LARGE_EVENTS = {
     "{} frames": {"exception": {"values": [{"stacktrace": {"frames": [{}] * (LARGE_BYTES // 3)}}]}},
     "{} values": {"extra": {"a": [{"": 0}] * (LARGE_BYTES // 7)}},
     "breadcrumbs": {"breadcrumbs": {"values": [{"message": "m"}] * (LARGE_BYTES // 16)}},
-    "4-byte characters": {"title": "\U0001f41b" * (LARGE_BYTES // 4)},
     "context keys": {"contexts": {"c": dict.fromkeys(map(str, range(LARGE_BYTES // 15)))}},
 }
 
@@ -266,7 +252,7 @@ class Bench:
     def __init__(self, options, folder, stack):
         self.options = options
         self.folder = folder
-        self.stack = stack  # which stops the servers at its end
+        self.stack = stack  # which ends the servers
         self.verdicts = []
 
     def start(self, name, code="", *arguments, **env):
@@ -291,8 +277,7 @@ class Bench:
             is_met = figure >= float(bound) if comparison == ">=" else figure < float(bound)
             verdict = "met" if is_met else "MISSED"
             self.verdicts.append(verdict)
-        digits = f"{figure:,.2f}" if figure < 10 else f"{figure:,.0f}"
-        print(f"{what:<72.72} {digits:>8} {unit:<4} {target:<8} {verdict}", flush=True)
+        print(f"{what:<70.70} {figure:>10,.2f} {unit:<4} {target:<8} {verdict}", flush=True)
 
     def measure_webhooks(self):
         """Measure rates in turns, a burst, an export, and the memory and disk of that."""
@@ -320,17 +305,20 @@ class Bench:
         self.add("webhooks: p99", statistics.median(p99), "ms", "< 60")
         self.add("memory of a worker over the webhooks", max(peaks), "MB", "< 64")
         self.add("of that growth after the first of them", peaks[-1] - peaks[0], "MB", "< 4")
-        burst = Load(server, make_requests(300), clients=300, kind=Thread)
-        self.add("burst of 300 webhooks: slowest", burst.latencies[-1], "ms", "< 1000")
-        timed(server, "/errors?format=ndjson&limit=20000")
+        slowest = Load(server, make_requests(300), clients=300, kind=Thread).latencies[-1]
+        self.add("burst of 300 webhooks: slowest", slowest, "ms", "< 1000")
+        with socket.create_connection(("127.0.0.1", server.port)) as connection:
+            connection.sendall(b"GET /errors?format=ndjson HTTP/1.1\r\nHost: a\r\n\r\n")
+            while connection.recv(1 << 20):
+                pass
         self.add("memory of a worker during an export", peak_memory(server), "MB", "< 64")
         server.stop()
         sql = "SELECT count(*), sum(payload_bytes) FROM bodies"
         ((stored, received),) = select(server.database, sql)
-        sent = len(requests) * len(peaks) + 300
-        self.add(f"webhooks of {sent:,} that are not stored", sent - stored, "", "< 1")
-        size = server.database.stat().st_size
-        self.add("disk per stored byte of payload", size / received, "", "< 0.30")
+        lost = len(requests) * len(peaks) + 300 - stored
+        self.add("acknowledged webhooks that are not stored", lost, "", "< 1")
+        share = server.database.stat().st_size / received
+        self.add("disk per stored byte of payload", share, "", "< 0.30")
 
     def measure_large(self):
         """Measure the time to store and read large deliveries, and the memory of that."""
@@ -359,8 +347,8 @@ class Bench:
                     times = [timed(self.big, path, Accept=form) for _ in range(20)]
                     p95[f"{path} as {form}"] = sorted(times)[-2]
             slowest = max(p95, key=p95.get)
-            is_part = kind.startswith("rare") and self.options.rows > 100_000
-            target = "< 500" if is_part else "< 100"
+            may_be_part = kind.startswith("rare") and self.options.rows > 100_000
+            target = "< 500" if may_be_part else "< 100"
             self.add(f"slowest {kind} of {len(p95)}: {slowest}", p95[slowest], "ms", target)
 
     def measure_neighbours(self):
@@ -368,11 +356,9 @@ class Bench:
         kinds = {"nobody": []} | {name: [kind] for name, kind in NEIGHBOURS.items()}
         kinds["all of these"] = NEIGHBOURS.values()
         for name, kind in kinds.items():
-            processes = []
-            for neighbour in kind:
-                arguments = (self.big.port, *neighbour)
-                processes.append(FORK.Process(target=pester, args=arguments, daemon=True))
-                processes[-1].start()
+            processes = [FORK.Process(target=pester, args=(self.big.port, *each)) for each in kind]
+            for process in processes:
+                process.start()
             for body_after in (0, 0.1):
                 load = Load(self.big, make_requests(100 if body_after else 500), 4, body_after)
                 what = f"slowest webhook beside {name}, body {body_after} s after its head"
@@ -403,9 +389,7 @@ def main():
     parser.add_argument("--only", choices=NAMES)
     parser.add_argument("--peer", action="store_true", help="install FastAPI, and compare with it")
     options = parser.parse_args()
-    with contextlib.ExitStack() as stack:
-        folder = stack.enter_context(tempfile.TemporaryDirectory())
-        print(f"{os.cpu_count()} cores, Python {sys.version}, SQLite {sqlite3.sqlite_version}")
+    with tempfile.TemporaryDirectory() as folder, contextlib.ExitStack() as stack:
         bench = Bench(options, Path(folder), stack)
         for name in [options.only] if options.only else NAMES:
             getattr(bench, f"measure_{name}")()

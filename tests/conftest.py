@@ -4,9 +4,8 @@
         client = app(API_TOKEN="t0ken")              a test client; called again: as after a restart
         client.deliver(payload, Request_ID="1")      posts a dict or bytes, signed by **sign(body)
         assert client.errors("level=fatal") == [1]   the ids of a list
-        assert database("SELECT title FROM errors") == [("no",)]       of tmp_path/data/errors.db
-        assert counts(client) == {("stored", None): 1}      maintain(client) does what is due
-        assert "webhook stored 1" in log()[0]
+        assert database("SELECT title FROM errors") == [("no",)]
+        assert counts(client) == {("stored", None): 1} and "webhook stored 1" in log()[0]
 
     def test_it(server):
         it = server(WEB_CONCURRENCY="2")             a gunicorn that is up, killed after the test
@@ -60,9 +59,6 @@ def clean_environment(tmp_path_factory):
         yield
 
 
-# Deliveries
-
-
 def load(name):
     """Return a payload of tests/payloads as a dict."""
     return json.loads((PAYLOADS / f"{name}.json").read_text(encoding="utf-8"))
@@ -86,9 +82,6 @@ def event_payload(event_id="0" * 32, **event):
         event_id = f"{event_id:032x}"
     event = {"event_id": event_id, "title": "ValueError: no", "level": "error", **event}
     return {"action": "created", "data": {"error": event}, "installation": {"uuid": "a"}}
-
-
-# The app in this process
 
 
 class Client(FlaskClient):
@@ -201,18 +194,18 @@ def wait_for(condition, seconds=20):
 
 def children(pid):
     """Return the processes that a process has started, none if it has ended."""
-    try:
-        return [int(pid) for pid in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]
-    except (FileNotFoundError, ProcessLookupError):
-        return []
+    file = Path(f"/proc/{pid}/task/{pid}/children")
+    with contextlib.suppress(FileNotFoundError, ProcessLookupError):
+        return [int(child) for child in file.read_text().split()]
+    return []
 
 
 def start_gunicorn(folder, log, env, *arguments):
     """Return the process of a gunicorn that runs in `folder` and whose output goes to the file `log`."""
-    program = Path(sys.executable).with_name("gunicorn")
+    command = [Path(sys.executable).with_name("gunicorn"), *arguments]
     with open(log, "ab") as output:
-        options = {"cwd": folder, "env": env, "start_new_session": True}
-        return subprocess.Popen([program, *arguments], stdout=output, stderr=output, **options)
+        options = {"stdout": output, "stderr": output, "start_new_session": True}
+        return subprocess.Popen(command, cwd=folder, env=env, **options)
 
 
 class Server:
