@@ -3072,16 +3072,15 @@ def describe_start(store):
     signed = "on" if settings["SENTRY_CLIENT_SECRET"] else "OFF, anybody can post"
     read = "on" if settings["API_TOKEN"] else "OFF, anybody can read"
     days = settings["RETENTION_DAYS"]
-    parts = (
-        f"collector {VERSION}; signature check {signed}; read token {read}",
-        f"trusted hosts {', '.join(settings['TRUSTED_HOSTS']) or 'any'}",
-        f"public URL {settings['PUBLIC_URL'] or 'as requested'}",
-        f"Sentry reports {'on' if settings['SENTRY_DSN'] else 'off'}",
-        f"actions {','.join(settings['SENTRY_ACTIONS'])}",
-        f"journal mode {store.database.journal_mode}",
-        f"retention {f'{days} days' if days else 'off'}",
+    return (
+        f"collector {VERSION}; signature check {signed}; read token {read}; "
+        f"trusted hosts {', '.join(settings['TRUSTED_HOSTS']) or 'any'}; "
+        f"public URL {settings['PUBLIC_URL'] or 'as requested'}; "
+        f"Sentry reports {'on' if settings['SENTRY_DSN'] else 'off'}; "
+        f"actions {','.join(settings['SENTRY_ACTIONS'])}; "
+        f"journal mode {store.database.journal_mode}; "
+        f"retention {f'{days} days' if days else 'off'}"
     )
-    return "; ".join(parts)
 
 
 def create_app(config=None):
