@@ -983,7 +983,8 @@ COLUMNS = (
     "exception_type exception_value permalink rule server category"
 ).split()
 SCHEMA_VERSION = 3  # version of the database that this code reads and writes
-WAIT_SECONDS = 0.5  # longest wait of a delivery for the turn and the database's lock together
+TURN_SECONDS = 0.3  # longest wait of a delivery for its turn among the writers
+LOCK_SECONDS = 0.2  # longest wait for a lock of another program on the database, of a read, too
 PAUSE_SECONDS = 2  # time for which a worker leaves a database alone that it could not write
 READ_SECONDS = 0.5  # longest time of one read
 LIST_SECONDS = 0.3  # time after which a list replies with what it has
@@ -1008,22 +1009,15 @@ MINUTES = {"m": 1, "h": 60, "d": 1440, "w": 10080}
 # Errors of what the database was given, which make no trouble for what comes next.
 GIVEN_FAULTS = sqlite3.IntegrityError, sqlite3.DataError, sqlite3.ProgrammingError
 RESTORE_CURE = "stop the service and put a backup in its place, without the files -wal and -shm"
-WRITE_CURE = "make the folder and its files writable for the collector's user"
 CURES = {
+    "": "see the log",
     "BUSY": "end the program that holds its lock, or wait for it",
-    "FULL": "free space on the disk",
-    "ENOSPC": "free space on the disk",
     "CORRUPT": RESTORE_CURE,
     "NOTADB": RESTORE_CURE,
-    "READONLY": WRITE_CURE,
-    "CANTOPEN": WRITE_CURE,
-    "EACCES": WRITE_CURE,
-    "EROFS": WRITE_CURE,
 }
-
-
-class DiskFull(OSError):
-    """Only the reserve of the disk is left, into which nothing but retention may write."""
+OTHER_CURE = (
+    "see that the collector's user can write the folder and its files, and the disk has room"
+)
 
 
 def in_microseconds(when):
@@ -1055,7 +1049,7 @@ def is_interrupted(error):
 
 def cure_of(error):
     """Return what to do about an error of the database or its disk."""
-    return CURES.get(kind_of(error), "see the log")
+    return CURES.get(kind_of(error), OTHER_CURE)
 
 
 def choose_journal_mode(folder):
@@ -1063,11 +1057,10 @@ def choose_journal_mode(folder):
     folder = Path(os.path.realpath(folder))
     types = {}  # of file systems, by where they are mounted
     with suppress(OSError):
-        for line in Path("/proc/self/mountinfo").read_bytes().splitlines():
-            mount_fields, _, type_fields = line.partition(b" - ")
-            escaped = mount_fields.split(b" ")[4]
-            mount = re.sub(rb"\\([0-7]{3})", lambda octal: bytes([int(octal[1], 8)]), escaped)
-            types[os.fsdecode(mount)] = type_fields.split(b" ")[0].decode()
+        for line in Path("/proc/mounts").read_bytes().splitlines():
+            _, mount, type_name, *_ = line.split(b" ")
+            mount = mount.decode("unicode_escape").encode("latin-1")  # a blank is \040 there
+            types[os.fsdecode(mount)] = type_name.decode()
     for path in (folder, *folder.parents):
         if str(path) in types:
             return "WAL" if types[str(path)] in LOCAL_FILE_SYSTEMS else "PERSIST"
@@ -1092,7 +1085,7 @@ class Database:
         """Return the kept connection, its database at this code's version."""
         if self.kept is None:
             self.path.parent.mkdir(parents=True, exist_ok=True)
-            connection = sqlite3.connect(self.path, timeout=WAIT_SECONDS, isolation_level=None)
+            connection = sqlite3.connect(self.path, timeout=LOCK_SECONDS, isolation_level=None)
             try:
                 self.prepare(connection)
                 self.inode = os.stat(self.path).st_ino
@@ -1115,7 +1108,7 @@ class Database:
             )
         mode = connection.execute("PRAGMA journal_mode").fetchone()[0]
         if version < SCHEMA_VERSION or mode.upper() != self.journal_mode:
-            with self.turn(time.monotonic() + WAIT_SECONDS):
+            with self.turn(TURN_SECONDS):
                 upgrade(connection)
                 connection.execute(f"PRAGMA journal_mode = {self.journal_mode}")
         connection.set_progress_handler(lambda: time.monotonic() > self.read_until, 100)
@@ -1131,8 +1124,9 @@ class Database:
             self.read_until = math.inf
 
     @contextmanager
-    def turn(self, deadline):
-        """Hold the lock that all writers of the collector take; wait for it until `deadline`."""
+    def turn(self, seconds):
+        """Hold the lock that all writers of the collector take; wait so many seconds for it."""
+        deadline = time.monotonic() + seconds
         if self.lock is None:
             # A file of its own: closing any other descriptor of the database drops SQLite's locks.
             self.lock = open(f"{self.path}.lock", "ab")
@@ -1152,24 +1146,22 @@ class Database:
             fcntl.flock(self.lock, fcntl.LOCK_UN)
 
     @contextmanager
-    def transaction(self, seconds=WAIT_SECONDS):
+    def transaction(self, seconds=TURN_SECONDS):
         """Yield the connection in a write transaction, in turn with all others, and commit it.
 
         Raises sqlite3.Error or OSError. After these a worker leaves the database alone for a while,
-        so that deliveries are spooled at once; maintenance, which waits 0 seconds, makes no pause.
+        so that deliveries are spooled at once. Maintenance waits 0 seconds and makes no pause.
         """
         if self.is_paused():
             raise self.trouble.with_traceback(None)
-        deadline = time.monotonic() + seconds
         try:
             connection = self.connection()
-            with self.turn(deadline), self.patience(deadline - time.monotonic()):
+            with self.turn(seconds), connection:
                 connection.execute("BEGIN IMMEDIATE")
                 yield connection
-                connection.execute("COMMIT")
             if os.stat(self.path).st_ino != self.inode:
                 raise OSError("its file has been replaced")
-        except (*GIVEN_FAULTS, DiskFull):
+        except GIVEN_FAULTS:
             raise
         except (sqlite3.Error, OSError) as error:
             if not is_busy(error):
@@ -1177,18 +1169,6 @@ class Database:
             if seconds:
                 self.pause(error)
             raise
-
-    @contextmanager
-    def patience(self, seconds):
-        """Have SQLite wait so long for the locks of others in the block, then roll back."""
-        self.kept.execute(f"PRAGMA busy_timeout = {max(0, int(seconds * 1000))}")
-        try:
-            yield
-        finally:
-            if self.kept.in_transaction:
-                self.kept.execute("ROLLBACK")
-            # Even in WAL mode a read may have to wait.
-            self.kept.execute(f"PRAGMA busy_timeout = {int(WAIT_SECONDS * 1000)}")
 
     def pause(self, error):
         """Leave the database alone for PAUSE_SECONDS because of an error."""
@@ -1240,13 +1220,10 @@ def upgrade(connection):
     connection.create_function("server_of", 1, server_of, deterministic=True)
     connection.create_function("category_of", 2, category_of, deterministic=True)
     connection.create_function("digest_of", 2, digest_of, deterministic=True)
-    try:
+    with connection:
         connection.executescript(
-            f"BEGIN IMMEDIATE; {steps}; PRAGMA user_version = {SCHEMA_VERSION}; COMMIT"
+            f"BEGIN IMMEDIATE; {steps}; PRAGMA user_version = {SCHEMA_VERSION}"
         )
-    finally:
-        if connection.in_transaction:
-            connection.execute("ROLLBACK")
     if version:
         log.warning("upgraded the database in %.1f s", time.monotonic() - started)
 
@@ -1314,8 +1291,8 @@ def check_writable(database):
     """Commit a row and prove that an error can be inserted. Raises sqlite3.Error or OSError."""
     at = now()
     row = dict.fromkeys(COLUMNS) | {"received_at": at, "timestamp": at, "identity": "health"}
+    check_room(database.path.parent, 0, database)
     with database.transaction() as connection:
-        check_room(database.path.parent, 0, connection)
         connection.execute("SAVEPOINT health")
         insert(connection, row | pack(b"{}"))
         connection.execute("ROLLBACK TO health")
@@ -1325,16 +1302,14 @@ def check_writable(database):
 
 def delete_expired(database, days):
     """Delete some errors that were received more than `days` ago. Return how many."""
-    expired = "SELECT id FROM errors WHERE received_at < ? ORDER BY received_at LIMIT ?"
-    limits = (now(days=days), DELETE_ROWS)
+    sql = "SELECT id FROM errors WHERE received_at < ? ORDER BY received_at LIMIT ?"
     with database.reader() as connection:
-        if connection.execute(expired, limits).fetchone() is None:
-            return 0
+        ids = connection.execute(sql, (now(days=days), DELETE_ROWS)).fetchall()
+    if not ids:
+        return 0
     with database.transaction(0) as connection:
-        ids = [tuple(row) for row in connection.execute(expired, limits)]
-        connection.executemany("DELETE FROM errors WHERE id = ?", ids)
         connection.executemany("DELETE FROM bodies WHERE id = ?", ids)
-    return len(ids)
+        return connection.executemany("DELETE FROM errors WHERE id = ?", ids).rowcount
 
 
 def add_outcomes(database, counts, seconds):
@@ -1607,17 +1582,18 @@ def free_bytes(folder):
     return disk.f_bavail * disk.f_frsize
 
 
-def check_room(folder, wanted, connection=None):
-    """Raise DiskFull unless so many bytes are free beyond the reserve for retention.
+def check_room(folder, wanted, database=None):
+    """Raise OSError unless so many bytes are free beyond the reserve for retention.
 
-    With a connection, the free pages of its database count, too.
+    The free pages of the database, if it is given, count, too.
     """
     disk = os.statvfs(folder)
     room = free_bytes(folder) - min(RESERVE_BYTES, disk.f_blocks * disk.f_frsize // 10)
-    if connection and room < wanted:
-        room += database_bytes(connection, "freelist_count")
+    if database and room < wanted:
+        with database.reader() as connection:
+            room += database_bytes(connection, "freelist_count")
     if room < wanted:
-        raise DiskFull(errno.ENOSPC, "only the reserve for retention is left of the disk")
+        raise OSError(errno.ENOSPC, "only the reserve for retention is left of the disk")
 
 
 class Spool:
@@ -1803,14 +1779,14 @@ class Store:
         self.count("queued", reason)
         return "queued", None
 
-    def store(self, body, payload, resource, received_at, seconds=WAIT_SECONDS):
+    def store(self, body, payload, resource, received_at, seconds=TURN_SECONDS):
         """Commit a delivery's error. Return "stored" or "duplicate", and the error's id."""
         row = parse_error(payload, resource, received_at)
         if row is None:
             raise ValueError("it holds no error")
         row |= {"id": None, "identity": identity(row, body)} | pack(body)
+        check_room(self.database.path.parent, 2 * len(body), self.database)
         with self.database.transaction(seconds) as connection:
-            check_room(self.database.path.parent, 2 * len(body), connection)
             id_, is_new = insert(connection, row)
         return "stored" if is_new else "duplicate", id_
 
@@ -1907,7 +1883,7 @@ class Store:
         """Write what is only in memory, and close the database. The process ends."""
         self.log_deletions()
         with suppress(sqlite3.Error, OSError):
-            self.write_counts(WAIT_SECONDS)
+            self.write_counts(TURN_SECONDS)
         self.database.close()
 
 
