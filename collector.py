@@ -1005,7 +1005,7 @@ RESERVE_BYTES = 64 * 1024 * 1024  # bytes of the disk that deliveries leave free
 SPOOL_LIMIT = 100_000  # deliveries in the spool
 DELETE_ROWS = 20  # most expired errors that are deleted in one transaction
 LEVELS = "fatal", "error", "warning", "info", "debug", "sample"  # levels that Sentry knows
-MINUTES = {"m": 1, "h": 60, "d": 1440, "w": 10080}
+SECONDS = {"m": 60, "h": 3600, "d": 86400, "w": 604800}  # of the units of a time ago
 # Errors of what the database was given, which make no trouble for what comes next.
 GIVEN_FAULTS = sqlite3.IntegrityError, sqlite3.DataError, sqlite3.ProgrammingError
 RESTORE_CURE = "stop the service and put a backup in its place, without the files -wal and -shm"
@@ -1332,17 +1332,16 @@ def read_time(value):
     """Return a time, given in any of its forms, as text that compares. Raises ValueError."""
     ago = re.fullmatch(r"([0-9]{1,6})([mhdw])", value)
     if ago:
-        when = max(time.time() - int(ago[1]) * MINUTES[ago[2]] * 60, 0)
+        when = parse_time(max(time.time() - int(ago[1]) * SECONDS[ago[2]], 0))
     elif re.fullmatch(r"[0-9]{9,11}(\.[0-9]{1,9})?", value):
-        when = float(value)
+        when = parse_time(float(value))
     else:
         # A plus that is not encoded comes as a blank.
-        when = re.sub(r"(:[0-9.]+) ([0-9:]+)$", r"\1+\2", value.upper())
-    parsed = moment(when)
-    if parsed is None:
+        when = parse_time(re.sub(r"(:[0-9.]+) ([0-9:]+)$", r"\1+\2", value.upper()))
+    if when is None:
         forms = "ISO 8601, as 2026-01-31T12:00:00Z, Unix seconds, or 15m, 24h, 7d, 2w"
         raise ValueError(f"is not a time; use {forms}")
-    return in_microseconds(datetime.fromisoformat(parsed))
+    return in_microseconds(when)
 
 
 def read_words(value):
@@ -1356,8 +1355,8 @@ def read_words(value):
     return [f"%{word}%" for word in words]
 
 
-# Filters of the query by name: the parser of its text, and the SQL condition. Of several values,
-# a list, each has to match. A plus keeps SQLite from an index that does not give the rows by id.
+# Filters of the query by name: the parser of its text, and the SQL condition. Of a list of values
+# each has to match. A plus keeps SQLite from an index that does not give the rows by id.
 FILTERS = {
     "q": (
         read_words,
@@ -1370,10 +1369,10 @@ FILTERS = {
     "platform": (str, "platform = :platform"),
     "release": (str, "release = :release"),
     "category": (str, "category = :category"),
-    "server": (str, "server = :server"),
+    "server": (str, "server IS :server"),
     "issue": (str, "issue_id = :issue"),
     "event": (
-        lambda value: [value],
+        str,
         """event_id = :event AND errors.id IN (
             SELECT id FROM errors WHERE identity BETWEEN :event || ' ' AND :event || '!'
             UNION ALL SELECT id FROM errors WHERE identity BETWEEN 'double ' AND 'double!')""",
@@ -1382,62 +1381,54 @@ FILTERS = {
     "until": (read_time, "+received_at <= :until"),
 }
 ISSUE_FILTERS = "q", "project", "level", "category", "server", "issue", "since", "until"
-FOUND_FILTERS = {"issue_server": (None, "server IS :issue_server")}  # that `locate` adds
 
 
 def locate(connection, filters):
-    """Return the filters after a look for the issue or event id that they name.
+    """Return the filters with the id and the server of the issue that they name.
 
     With its server, the index gives the rows of an issue by id.
     """
-    filters = dict(filters)
-    if isinstance(filters.get("q"), str):
-        filters["event"] = [*filters.get("event", []), filters.pop("q")]
-    if "issue" not in filters:
-        return filters
-    sql = """SELECT issue_id, server FROM errors WHERE short_id = :issue AND issue_id IS NOT NULL
-        AND server IS coalesce(:server, server) ORDER BY id DESC LIMIT 1"""
-    named = connection.execute(sql, {"server": None} | filters).fetchone()
+    sql = """SELECT issue_id AS issue, server FROM errors WHERE short_id = :issue
+        AND issue_id IS NOT NULL AND server IS coalesce(:server, server) ORDER BY id DESC LIMIT 1"""
+    named = connection.execute(sql, {"server": None, "issue": None} | filters).fetchone()
     if named:
-        return filters | {"issue": named["issue_id"], "issue_server": [named["server"]]}
-    sql = """SELECT
-        (SELECT server FROM errors WHERE issue_id = :issue ORDER BY server LIMIT 1),
-        (SELECT server FROM errors WHERE issue_id = :issue ORDER BY server DESC LIMIT 1)"""
-    first, last = connection.execute(sql, filters).fetchone()
-    if first == last:
-        filters["issue_server"] = [first]
+        return filters | dict(named)
+    if "issue" in filters and "server" not in filters:
+        sql = "SELECT server FROM errors WHERE issue_id = :issue ORDER BY server"
+        first = connection.execute(f"{sql} LIMIT 1", filters).fetchone()
+        if first == connection.execute(f"{sql} DESC LIMIT 1", filters).fetchone():
+            return filters | dict(first or {})
     return filters
 
 
 def find_bounds(database, filters):
     """Return the first and the last id that the filters leave to a walk."""
-    ids = "SELECT (SELECT min(id) FROM errors), (SELECT max(id) FROM errors)"
+    sql = "SELECT coalesce(min(id), 1), coalesce((SELECT max(id) FROM errors), 0) FROM errors"
     with database.reader() as connection:
-        lowest, highest = connection.execute(ids).fetchone()
+        first, last = connection.execute(sql).fetchone()
     if "since" in filters or "until" in filters:
         # Not the ids at the ends of the period: what was spooled has a later id than its time.
-        ids = """SELECT min(+id), max(+id) FROM errors
+        sql = """SELECT coalesce(min(+id), 1), coalesce(max(+id), 0) FROM errors
             WHERE received_at BETWEEN :since AND :until"""
-        period = {"since": "", "until": "~"} | filters
-        try:
-            with database.reader(PERIOD_SECONDS) as connection:
-                lowest, highest = connection.execute(ids, period).fetchone()
-        except sqlite3.OperationalError as error:
-            if not is_interrupted(error):
-                raise
-    first = max(lowest or 1, filters.get("after", 0) + 1)
-    last = min(highest or 0, filters.get("before", 2**63) - 1)
-    return first, last
+        # A long period leaves all ids.
+        with suppress(sqlite3.OperationalError), database.reader(PERIOD_SECONDS) as connection:
+            first, last = connection.execute(sql, {"since": "", "until": "~"} | filters).fetchone()
+    after = filters.get("after", 0)
+    before = filters.get("before", math.inf)
+    return max(first, after + 1), min(last, before - 1)
 
 
 def build_condition(filters):
     """Return the SQL condition of the filters, and its parameters."""
     conditions = ["errors.id BETWEEN :first AND :last"]
     parameters = {}
-    for name, (_, sql) in (FILTERS | FOUND_FILTERS).items():
-        values = filters.get(name, [])
+    for name in FILTERS.keys() & filters.keys():
+        _, sql = FILTERS[name]
+        values = filters[name]
         if not isinstance(values, list):
             values = [values]
+            if name == "q":  # an event id
+                sql = FILTERS["event"][1].replace(":event", ":q")
         for number, value in enumerate(values):
             conditions.append(sql.replace(f":{name}", f":{name}_{number}"))
             parameters[f"{name}_{number}"] = value
@@ -1478,16 +1469,14 @@ def walk(select, database, filters, limit, seconds=LIST_SECONDS):
     room = PAGE_CHARACTERS
     left = READ_SECONDS
     for low, high in blocks(first, last, is_upward):
-        if len(rows) == limit or room < 0 or left <= 0:
-            return Walk(rows, last_id, False)
         try:
             with database.reader(left) as connection:
                 for row in connection.execute(sql, parameters | {"first": low, "last": high}):
-                    if len(rows) == limit or room < 0:
-                        return Walk(rows, last_id, False)
                     rows.append(row)
                     last_id = row["id"]
                     room -= sum(len(value) for value in row if isinstance(value, str))
+                    if len(rows) == limit or room < 0:
+                        return Walk(rows, last_id, last_id == (last if is_upward else first))
         except sqlite3.OperationalError as error:
             if not is_interrupted(error) or left == READ_SECONDS:
                 raise
@@ -1512,7 +1501,7 @@ SELECT_OCCURRENCES = f"""
     SELECT (SELECT count(*) {OF_ISSUE}) AS count,
         (SELECT received_at {OF_ISSUE} ORDER BY id LIMIT 1) AS first_seen,
         (SELECT received_at {OF_ISSUE} ORDER BY id DESC LIMIT 1) AS last_seen
-    FROM errors WHERE id = ?"""
+    FROM errors WHERE id = ? AND issue_id IS NOT NULL"""
 
 
 select_errors = functools.partial(walk, SELECT_ERRORS)
@@ -1537,9 +1526,7 @@ def select_body(connection, id_):
 def select_occurrences(connection, row):
     """Return count, first_seen and last_seen of the issue of an error's row, or None."""
     found = connection.execute(SELECT_OCCURRENCES, (row["id"],)).fetchone()
-    if row["issue_id"] is None or found is None:
-        return None
-    return dict(found)
+    return found and dict(found)
 
 
 def select_state(connection):
@@ -1556,11 +1543,8 @@ def select_state(connection):
 def select_hours(connection):
     """Return the hours of the last 48 as (2026-11-28T22, errors received in it), oldest first."""
     sql = "SELECT count(*) FROM errors WHERE received_at BETWEEN ? AND ? || '~'"
-    hours = []
-    for ago in range(47, -1, -1):
-        hour = now(hours=ago)[:13]
-        hours.append((hour, connection.execute(sql, (hour, hour)).fetchone()[0]))
-    return hours
+    hours = [now(hours=ago)[:13] for ago in range(47, -1, -1)]
+    return [(hour, *connection.execute(sql, (hour, hour)).fetchone()) for hour in hours]
 
 
 def select_outcomes(connection):
