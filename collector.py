@@ -27,7 +27,7 @@ import sqlite3
 import tempfile
 import time
 import zlib
-from collections import deque, namedtuple
+from collections import namedtuple
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing, contextmanager, suppress
 from datetime import UTC, datetime, timedelta
@@ -1012,6 +1012,7 @@ RESTORE_CURE = "stop the service and put a backup in its place, without the file
 CURES = {
     "": "see the log",
     "BUSY": "end the program that holds its lock, or wait for it",
+    "EBUSY": "wait for it",
     "CORRUPT": RESTORE_CURE,
     "NOTADB": RESTORE_CURE,
 }
@@ -1039,12 +1040,7 @@ def kind_of(error):
 
 def is_busy(error):
     """Return True if an attempt failed only because another process holds a lock."""
-    return kind_of(error) in ("BUSY", "LOCKED")
-
-
-def is_interrupted(error):
-    """Return True if a query was ended because it took too long."""
-    return kind_of(error) == "INTERRUPT"
+    return kind_of(error) in ("BUSY", "EBUSY")
 
 
 def cure_of(error):
@@ -1076,7 +1072,6 @@ class Database:
         self.may_upgrade = True  # False in a worker of gunicorn, whose master has it done
         self.kept = None  # connection, opened on first use and so after the fork
         self.inode = None  # of the file that it has open
-        self.lock = None  # file that writers lock
         self.read_until = math.inf  # monotonic time at which the running query is ended
         self.paused_until = -math.inf  # monotonic time
         self.trouble = None  # error that made the pause
@@ -1102,10 +1097,8 @@ class Database:
             connection.execute(f"PRAGMA {pragma}")
         version = read_version(connection)
         if 0 < version < SCHEMA_VERSION and not self.may_upgrade:
-            raise sqlite3.OperationalError(
-                f"it is of version {version}; its upgrade to version {SCHEMA_VERSION} goes on, or "
-                "the log says why it failed"
-            )
+            words = f"its upgrade from version {version} goes on, or the log says why it failed"
+            raise sqlite3.OperationalError(words)
         mode = connection.execute("PRAGMA journal_mode").fetchone()[0]
         if version < SCHEMA_VERSION or mode.upper() != self.journal_mode:
             with self.turn(TURN_SECONDS):
@@ -1127,23 +1120,18 @@ class Database:
     def turn(self, seconds):
         """Hold the lock that all writers of the collector take; wait so many seconds for it."""
         deadline = time.monotonic() + seconds
-        if self.lock is None:
-            # A file of its own: closing any other descriptor of the database drops SQLite's locks.
-            self.lock = open(f"{self.path}.lock", "ab")
-        while True:
-            try:
-                fcntl.flock(self.lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                break
-            except BlockingIOError:
-                if time.monotonic() > deadline:
-                    error = sqlite3.OperationalError("another process of the collector is writing")
-                    error.sqlite_errorname = "SQLITE_BUSY"
-                    raise error from None
-            time.sleep(0.0003)
-        try:
+        # A file of its own: closing any other descriptor of the database drops SQLite's locks.
+        with open(f"{self.path}.lock", "ab") as file:
+            while True:
+                try:
+                    fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                    break
+                except BlockingIOError:
+                    if time.monotonic() > deadline:
+                        words = "another process of the collector is writing"
+                        raise OSError(errno.EBUSY, words) from None
+                time.sleep(0.0003)
             yield
-        finally:
-            fcntl.flock(self.lock, fcntl.LOCK_UN)
 
     @contextmanager
     def transaction(self, seconds=TURN_SECONDS):
@@ -1167,27 +1155,20 @@ class Database:
             if not is_busy(error):
                 self.close()
             if seconds:
-                self.pause(error)
+                self.paused_until = time.monotonic() + PAUSE_SECONDS
+                self.trouble = error
             raise
-
-    def pause(self, error):
-        """Leave the database alone for PAUSE_SECONDS because of an error."""
-        self.paused_until = time.monotonic() + PAUSE_SECONDS
-        self.trouble = error
 
     def is_paused(self):
         """Return True if this worker leaves the database alone for now."""
         return time.monotonic() < self.paused_until
 
     def close(self):
-        """Close the connection and the lock file. The next use opens them anew."""
+        """Close the connection. The next use opens it anew."""
         if self.kept is not None:
             with suppress(sqlite3.Error):
                 self.kept.close()
             self.kept = None
-        if self.lock is not None:
-            self.lock.close()
-            self.lock = None
 
 
 def read_version(connection):
@@ -1301,10 +1282,10 @@ def check_writable(database):
 
 
 def delete_expired(database, days):
-    """Delete some errors that were received more than `days` ago. Return how many."""
+    """Delete some errors of hours that are more than `days` ago. Return how many."""
     sql = "SELECT id FROM errors WHERE received_at < ? ORDER BY received_at LIMIT ?"
     with database.reader() as connection:
-        ids = connection.execute(sql, (now(days=days), DELETE_ROWS)).fetchall()
+        ids = connection.execute(sql, (now(days=days)[:13], DELETE_ROWS)).fetchall()
     if not ids:
         return 0
     with database.transaction(0) as connection:
@@ -1478,7 +1459,7 @@ def walk(select, database, filters, limit, seconds=LIST_SECONDS):
                     if len(rows) == limit or room < 0:
                         return Walk(rows, last_id, last_id == (last if is_upward else first))
         except sqlite3.OperationalError as error:
-            if not is_interrupted(error) or left == READ_SECONDS:
+            if kind_of(error) != "INTERRUPT" or left == READ_SECONDS:
                 raise
             return Walk(rows, last_id, False)
         last_id = high if is_upward else low
@@ -1585,7 +1566,7 @@ class Spool:
 
     def __init__(self, folder):
         self.folder = folder
-        self.unreadable = set()  # names of files that the disk does not give back
+        self.unreadable = set()  # files that the disk does not give back
 
     def put(self, received_at, resource, body):
         """Write a delivery to disk, synced. Raises OSError if that cannot be done."""
@@ -1597,7 +1578,12 @@ class Spool:
                 file.flush()
                 os.fsync(file.fileno())
             part.rename(part.with_suffix(".delivery"))
-            sync_folder(self.folder)
+            # Without this a new name is not durable.
+            folder = os.open(self.folder, os.O_RDONLY)
+            try:
+                os.fsync(folder)
+            finally:
+                os.close(folder)
         except OSError:
             part.unlink(missing_ok=True)
             raise
@@ -1609,47 +1595,26 @@ class Spool:
         if len(os.listdir(self.folder)) >= SPOOL_LIMIT:
             raise OSError(errno.ENOSPC, f"the spool is full, it holds {SPOOL_LIMIT} deliveries")
 
-    def names(self):
-        """Return the names of the files that wait, in order of receipt."""
-        try:
-            return sorted(name for name in os.listdir(self.folder) if name.endswith(".delivery"))
-        except OSError:
-            return []
+    def files(self):
+        """Return the files that wait (paths), in order of receipt."""
+        return sorted(self.folder.glob("*.delivery"))
 
-    def read(self, name):
+    def read(self, file):
         """Return received_at, resource and body of a file, None if it is gone or unreadable.
 
         Raises ValueError if it is damaged.
         """
         try:
-            head, _, body = (self.folder / name).read_bytes().partition(b"\n")
+            head, _, body = file.read_bytes().partition(b"\n")
         except FileNotFoundError:
             return None  # another worker has moved it
         except OSError as error:
-            self.unreadable.add(name)
+            self.unreadable.add(file)
             log.error("cannot read a spooled delivery, it waits for the next start: %s", error)
             return None
         received_at, resource, *_ = json.loads(head)  # 2.0.0 wrote length and checksum, too
         datetime.fromisoformat(received_at)
         return received_at, resource, body
-
-    def remove(self, name):
-        """Remove a file that is stored, unless another worker has."""
-        (self.folder / name).unlink(missing_ok=True)
-
-    def reject(self, name):
-        """Rename a file that cannot be stored, for a person to look at. Returns its new path."""
-        file = self.folder / name
-        return file.rename(file.with_suffix(".rejected"))
-
-
-def sync_folder(path):
-    """Sync a folder, without which a new name in it is not durable."""
-    folder = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(folder)
-    finally:
-        os.close(folder)
 
 
 def copy_database(path, file):
@@ -1671,10 +1636,8 @@ def copy_database(path, file):
         with closing(sqlite3.connect(uri, uri=True, isolation_level=None)) as connection:
             read_version(connection)
             connection.execute("VACUUM INTO ?", (str(part),))
-        with open(part, "rb") as copy:
-            os.fsync(copy.fileno())
+        os.sync()
         part.rename(file)
-        sync_folder(file.absolute().parent)
     finally:
         part.unlink(missing_ok=True)
 
@@ -1685,7 +1648,6 @@ def copy_database(path, file):
 
 SPOOL_SECONDS = 0.2  # time between two looks into an empty spool
 STEP_SECONDS = 1  # time between two steps of the other maintenance
-DAY_SECONDS = 24 * 3600
 
 
 class Store:
@@ -1697,7 +1659,7 @@ class Store:
         path = settings["DATABASE_URL"]
         self.database = Database(path)
         self.spool = Spool(path.parent / "spool")
-        self.waiting = deque()  # names of spooled files, listed once for all that wait
+        self.waiting = []  # spooled files, the next one last, listed once for all that wait
         self.counts = {}  # (count, time of the last) by (outcome, reason), not written yet
         self.deleted = 0  # expired errors since the last log line about them
         self.failures = {}  # words of the last failure by step of maintenance, logged once
@@ -1706,10 +1668,8 @@ class Store:
             self.write_counts: STEP_SECONDS,
             self.move_spooled: SPOOL_SECONDS,
             self.prune: STEP_SECONDS,
-            self.log_deletions: DAY_SECONDS,
         }
         self.due = dict.fromkeys(self.steps, -math.inf)  # monotonic time of the next, by step
-        self.due[self.log_deletions] = time.monotonic() + DAY_SECONDS
 
     def start(self):
         """Open the database in a worker of gunicorn, whose master has a child upgrade it."""
@@ -1718,7 +1678,6 @@ class Store:
             self.database.connection()
         except (sqlite3.Error, OSError) as error:
             self.log_failure("cannot use the database, deliveries are spooled", error)
-            self.database.pause(error)
 
     def upgrade(self):
         """Bring the database to this code's version, in a child that ends with its parent."""
@@ -1827,24 +1786,24 @@ class Store:
     def move_spooled(self):
         """Move a spooled delivery into the database. Return True if more wait."""
         if not self.waiting:
-            names = self.spool.names()
-            self.waiting.extend(name for name in names if name not in self.spool.unreadable)
+            self.waiting = sorted({*self.spool.files()} - self.spool.unreadable, reverse=True)
         if not self.waiting:
             return False
-        name = self.waiting[0]
+        file = self.waiting[-1]
         try:
-            delivery = self.spool.read(name)
+            delivery = self.spool.read(file)
             if delivery is not None:
                 received_at, resource, body = delivery
                 self.store(body, parse_body(body), resource, received_at, 0)
-                self.spool.remove(name)
+                file.unlink(missing_ok=True)
         except Exception as error:
             is_of_system = isinstance(error, sqlite3.Error | OSError | MemoryError)
             if is_of_system and not isinstance(error, GIVEN_FAULTS):
                 raise
-            path = self.spool.reject(name)
-            log.error("cannot store a spooled delivery (%s), see %s", type(error).__name__, path)
-        self.waiting.popleft()
+            rejected = file.rename(file.with_suffix(".rejected"))
+            kind = type(error).__name__
+            log.error("cannot store a spooled delivery (%s), see %s", kind, rejected)
+        self.waiting.pop()
         return bool(self.waiting)
 
     def prune(self):
@@ -1854,18 +1813,13 @@ class Store:
             return False
         deleted = delete_expired(self.database, days)
         self.deleted += deleted
-        return deleted > 0
-
-    def log_deletions(self):
-        """Log how many expired errors this worker has deleted in a day."""
-        if self.deleted:
-            days = self.settings["RETENTION_DAYS"]
+        if self.deleted and not deleted:
             log.info("deleted %d errors that were older than %d days", self.deleted, days)
-        self.deleted = 0
+            self.deleted = 0
+        return deleted > 0
 
     def close(self):
         """Write what is only in memory, and close the database. The process ends."""
-        self.log_deletions()
         with suppress(sqlite3.Error, OSError):
             self.write_counts(TURN_SECONDS)
         self.database.close()
@@ -2748,7 +2702,7 @@ def describe_state():
     """Return what the database and the spool hold, and why if the database cannot be read."""
     database = store().database
     state = {
-        "counts": {"errors": None, "spooled": len(store().spool.names())},
+        "counts": {"errors": None, "spooled": len(store().spool.files())},
         "newest": None,
         "oldest": None,
         "deliveries": [],
@@ -2805,7 +2759,7 @@ def describe_health():
         return 503, {"status": "refusing", "problem": tell(refused.reason, refused.detail) + "."}
     if problem is None:
         return 200, {"status": "ok"}
-    spooled = len(store().spool.names())
+    spooled = len(store().spool.files())
     return 200, {"status": "spooling", "problem": problem, "spooled": spooled}
 
 
@@ -2855,7 +2809,7 @@ def handle_refusal(refused):
 
 def handle_failure(error):
     """Reply to a read that the database, its disk, the memory or the clock ended."""
-    if is_interrupted(error):
+    if kind_of(error) == "INTERRUPT":
         log_seldom("ended a search that took too long, from %s", caller())
         return reply_with_error(503, "The search takes too long; narrow it, by since=24h or words.")
     store().log_failure("cannot read", error)
