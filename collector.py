@@ -1179,10 +1179,8 @@ def read_version(connection):
     if names and not is_ours:
         raise sqlite3.DatabaseError("it is another program's; name another file in DATABASE_URL")
     if version > SCHEMA_VERSION:
-        raise sqlite3.DatabaseError(
-            f"it is of version {version}, made by a newer collector, and this one knows "
-            f"{SCHEMA_VERSION}; run the newer collector, or {RESTORE_CURE}"
-        )
+        words = f"it was made by a newer collector; run that, or {RESTORE_CURE}"
+        raise sqlite3.DatabaseError(words)
     return version
 
 
@@ -1548,10 +1546,11 @@ def free_bytes(folder):
 
 
 def check_room(folder, wanted, database=None):
-    """Raise OSError unless so many bytes are free beyond the reserve for retention.
+    """Raise OSError unless a folder, made if missing, has room beyond the reserve for retention.
 
     The free pages of the database, if it is given, count, too.
     """
+    folder.mkdir(parents=True, exist_ok=True)
     disk = os.statvfs(folder)
     room = free_bytes(folder) - min(RESERVE_BYTES, disk.f_blocks * disk.f_frsize // 10)
     if database and room < wanted:
@@ -1589,8 +1588,7 @@ class Spool:
             raise
 
     def check_room(self, size):
-        """Raise OSError unless the spool, whose folder is made if missing, takes `size` bytes."""
-        self.folder.mkdir(parents=True, exist_ok=True)
+        """Raise OSError unless the spool takes a delivery of `size` bytes."""
         check_room(self.folder, size)
         if len(os.listdir(self.folder)) >= SPOOL_LIMIT:
             raise OSError(errno.ENOSPC, f"the spool is full, it holds {SPOOL_LIMIT} deliveries")
@@ -1646,8 +1644,7 @@ def copy_database(path, file):
 # Intake: what the routes of one app share, and the maintenance between requests
 # --------------------------------------------------------------------------------------------------
 
-SPOOL_SECONDS = 0.2  # time between two looks into an empty spool
-STEP_SECONDS = 1  # time between two steps of the other maintenance
+STEP_SECONDS = 0.5  # time between two turns of a step of maintenance that has no more to do
 
 
 class Store:
@@ -1663,33 +1660,29 @@ class Store:
         self.counts = {}  # (count, time of the last) by (outcome, reason), not written yet
         self.deleted = 0  # expired errors since the last log line about them
         self.failures = {}  # words of the last failure by step of maintenance, logged once
-        # Steps of maintenance by the seconds between two of them, each soon after it is due.
-        self.steps = {
-            self.write_counts: STEP_SECONDS,
-            self.move_spooled: SPOOL_SECONDS,
-            self.prune: STEP_SECONDS,
-        }
-        self.due = dict.fromkeys(self.steps, -math.inf)  # monotonic time of the next, by step
+        steps = [self.write_counts, self.move_spooled]
+        if settings["RETENTION_DAYS"]:
+            steps.append(self.prune)
+        self.due = dict.fromkeys(steps, -math.inf)  # monotonic time, by step of maintenance
 
     def start(self):
         """Open the database in a worker of gunicorn, whose master has a child upgrade it."""
         self.database.may_upgrade = False
+        self.open()
+
+    def open(self):
+        """Open the database. Return the error if that fails, which is logged, else None."""
         try:
             self.database.connection()
+            return None
         except (sqlite3.Error, OSError) as error:
             self.log_failure("cannot use the database, deliveries are spooled", error)
+            return error
 
     def upgrade(self):
         """Bring the database to this code's version, in a child that ends with its parent."""
         parent = os.getppid()
-        while os.getppid() == parent:
-            try:
-                self.database.connection()
-                break
-            except (sqlite3.Error, OSError) as error:
-                if not is_busy(error):
-                    self.log_failure("cannot open the database", error)
-                    break
+        while is_busy(self.open()) and os.getppid() == parent:
             time.sleep(1)
         self.database.close()
 
@@ -1706,9 +1699,7 @@ class Store:
         except Exception as error:
             self.log_failure("cannot store a delivery, spooling it", error)
             reason = "fault of the collector"
-            if is_busy(error):
-                reason = "database locked"
-            elif isinstance(error, sqlite3.Error | OSError):
+            if isinstance(error, sqlite3.Error | OSError):
                 reason = "database not writable"
         try:
             self.spool.put(received_at, resource, body)
@@ -1747,17 +1738,18 @@ class Store:
             check_writable(self.database)
             return None
         except (sqlite3.Error, OSError) as error:
-            problem = f"The database takes no rows: {error}; {cure_of(error)}"
+            problem = f"The database takes no rows: {error}; {cure_of(error)}."
         try:
             self.spool.check_room(0)
+            return problem
         except OSError as error:
             raise Refused("disk", str(error)) from None
-        return f"{problem}."
 
     def log_failure(self, what, error):
         """Log and report a failure, with nothing of a delivery's content."""
-        is_of_system = isinstance(error, sqlite3.Error | OSError)
-        cause = error if is_of_system else "a fault of the collector's own"
+        cause = "a fault of the collector's own"
+        if isinstance(error, sqlite3.Error | OSError):
+            cause = error
         log.error("%s: %s: %s", what, type(error).__name__, cause)
         self.report(error)
 
@@ -1766,15 +1758,15 @@ class Store:
         step = min(self.due, key=self.due.get)
         if self.database.is_paused() or self.due[step] > time.monotonic():
             return False
-        has_more = False
+        self.due[step] = time.monotonic() + STEP_SECONDS
         try:
-            has_more = step()
+            if step():
+                self.due[step] = time.monotonic()
             self.failures.pop(step, None)
         except (sqlite3.Error, OSError, MemoryError) as error:
             if not is_busy(error) and str(error) != self.failures.get(step):
                 self.failures[step] = str(error)
                 self.log_failure("maintenance failed", error)
-        self.due[step] = time.monotonic() + (0 if has_more else self.steps[step])
         return min(self.due.values()) <= time.monotonic()
 
     def write_counts(self, seconds=0):
@@ -1809,8 +1801,6 @@ class Store:
     def prune(self):
         """Delete some errors that RETENTION_DAYS has passed. Return True if there may be more."""
         days = self.settings["RETENTION_DAYS"]
-        if not days:
-            return False
         deleted = delete_expired(self.database, days)
         self.deleted += deleted
         if self.deleted and not deleted:
@@ -2209,7 +2199,6 @@ REASONS = {
         "untick that webhook in Sentry to have fewer of these",
     ),
     "action not accepted": (200, "{} is not in SENTRY_ACTIONS", "add it there to take these"),
-    "database locked": (202, "", "end the program that holds its lock; these are in the spool"),
     "database not writable": (202, "", "see /health; these are in the spool"),
     "fault of the collector": (202, "", "see the log, and report it; these are in the spool"),
 }
