@@ -17,10 +17,11 @@ worker_class = "worker.Worker"
 preload_app = True
 timeout = 15  # seconds without a sign of life after which gunicorn ends a worker
 graceful_timeout = 2
-worker_tmp_dir = "/dev/shm" if os.access("/dev/shm", os.W_OK) else None  # a busy disk would block
 secure_scheme_headers = {}  # two that contradict each other would refuse a delivery
 forwarder_headers = ""  # nobody moves the service to another path
 control_socket_disable = True  # it needs a writable home
+if os.access("/dev/shm", os.W_OK):
+    worker_tmp_dir = "/dev/shm"  # a busy disk would block
 
 
 def fork_as_server(cfg, task):
@@ -39,21 +40,20 @@ def when_ready(server):
     if os.waitpid(check, 0)[1]:
         raise SystemExit(1)
     app = server.app.wsgi()
-    store = app.extensions["collector"]
-    # It quotes up to 32 kB of a broken request.
+    server.log.info(collector.describe_start(app.extensions["collector"]))
+    # gunicorn quotes up to 32 kB of a broken request, secrets in it.
     server.log.error_log.addFilter(lambda line: not str(line.msg).startswith("Invalid request"))
-    server.log.info(collector.describe_start(store))
-    fork_as_server(server.cfg, store.upgrade)
+    fork_as_server(server.cfg, app.extensions["collector"].upgrade)
     for name in app.jinja_env.list_templates(extensions=("html", "txt")):
         app.jinja_env.get_template(name)  # or the first page of each worker would be late
-    for listener in server.LISTENERS:  # of browsers' spare connections until they bring data
+    for listener in server.LISTENERS:  # in which spare connections of browsers wait for their data
         if listener.sock.family != socket.AF_UNIX and hasattr(socket, "TCP_DEFER_ACCEPT"):
             listener.sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_DEFER_ACCEPT, 30)
     gc.freeze()  # what is there now stays, and is shared with the workers
 
 
 def post_worker_init(worker):
-    """Open the database in the worker, as the user who serves, and close it at its end."""
+    """Open the database in the worker, and close it at its end."""
     store = worker.wsgi.extensions["collector"]
     store.start()
     worker.maintain = store.maintain

@@ -566,3 +566,16 @@ def test_no_webhook_waits_for_an_export_a_search_a_backup_or_a_shell(server, tmp
             assert left.recv(1 << 16)
     assert it.request("GET", "/errors?format=ndjson&limit=100")[2].count(b"\n") == 100
     assert "Traceback" not in it.log.read_text()
+
+
+def test_the_kernel_keeps_spare_connections_of_browsers_from_the_workers(server):
+    it = server(WEB_CONCURRENCY="1")
+    spare = [connect(it) for _ in range(8)]
+    assert it.request("GET", "/config")[0] == 200
+    lines = [line.split() for line in Path("/proc/net/tcp").read_text().splitlines()]
+    established = [
+        line for line in lines if line[1].endswith(f":{it.port:04X}") and line[3] == "01"
+    ]
+    assert len(established) < len(spare)
+    for connection in spare:
+        connection.close()
