@@ -1,93 +1,80 @@
-"""Fail if a file, a section of collector.py or a function is larger than its budget."""
+"""Fail if a file, a section of collector.py or a figure of style is above its budget."""
 
 import ast
 import re
-import subprocess
 import sys
+from collections import Counter
 from pathlib import Path
 
-LINES = {
-    "collector.py": 3025,
+# Most lines of a file, or of the files of a pattern together. Where the aim of the minimal
+# collector is not reached yet, it stands behind the figure of today.
+FILES = {
+    "collector.py": 3025,  # 2400
     "worker.py": 220,
     "gunicorn.conf.py": 60,
     "entrypoint.sh": 15,
     "schema.sql": 100,
     "templates/*": 520,
-    "tests/*.py": 6510,
+    "tests/*.py": 6510,  # 5900
     "tests/benchmark.py": 400,
     "README.md": 200,
+    ".ci/budget.py": 80,
 }
 SECTIONS = {
-    "Parsing": 925,
-    "Storage": 670,
-    "Intake": 175,
+    "Parsing": 925,  # 500
+    "Storage": 670,  # 600
+    "Intake": 175,  # 155
     "Presentation": 310,
-    "Web": 695,
-    "Wiring": 198,
+    "Web": 695,  # 600
+    "Wiring": 198,  # 190
 }
-FUNCTION_LINES = 40
+SOURCE = ["collector.py", "worker.py", "gunicorn.conf.py", ".ci/budget.py"]
 LINE_LENGTH = 100
-CONDITIONALS = 2.0  # `a if b else c` in 100 lines
-COMPREHENSIONS = 2.9  # in 100 lines
-CODE = "collector.py", "worker.py", "gunicorn.conf.py"
-COMPREHENSION = ast.ListComp, ast.SetComp, ast.DictComp, ast.GeneratorExp
-BANNER = re.compile(r"^# -{90,}\n# (\w+):.*\n(?:# .*\n)*# -{90,}\n", re.MULTILINE)
+FUNCTION_LINES = 40
+IF_ELSE = 2.0  # conditional expressions in 100 lines of code
+COMPREHENSIONS = 2.5
 
+BANNER = re.compile(r"^# -+\n# (\w+): .*\n# -+\n", re.MULTILINE)
+COMPREHENSION = (ast.ListComp, ast.SetComp, ast.DictComp, ast.GeneratorExp)
 faults = []
 
 
 def check(name, figure, most):
     """Note a figure that is above its budget."""
-    print(f"{name}: {figure:g} of {most}")
     if figure > most:
-        faults.append(f"{name}: {figure:g} is more than {most}")
+        faults.append(f"{name}: {figure:g} is above {most:g}")
 
 
-def count_lines(pattern):
-    """Return the lines of the files that git knows by a pattern."""
-    command = ["git", "ls-files", "--cached", "--others", "--exclude-standard", "--", pattern]
-    names = subprocess.run(command, capture_output=True, text=True, check=True).stdout.split()
-    return sum(len(Path(name).read_text().splitlines()) for name in names)
+def check_style(name, text):
+    """Check lines, functions, conditional expressions and comprehensions of a Python file."""
+    hundreds = len(re.findall(r"^ *[^ #\n]", text, re.MULTILINE)) / 100
+    counts = Counter()
+    for node in ast.walk(ast.parse(text)):
+        counts["if"] += isinstance(node, ast.IfExp)
+        counts["for"] += isinstance(node, COMPREHENSION)
+        if isinstance(node, (ast.Module, ast.ClassDef)):
+            check_functions(name, node.body)
+    check(f"{name}, conditional expressions", round(counts["if"] / hundreds, 1), IF_ELSE)
+    check(f"{name}, comprehensions", round(counts["for"] / hundreds, 1), COMPREHENSIONS)
+    check(f"{name}, characters of a line", max(map(len, text.splitlines())), LINE_LENGTH)
 
 
-def check_sections(source):
-    """Check the lines of each section, from its banner to the next."""
-    banners = [*BANNER.finditer(source)]
-    ends = [banner.start() for banner in banners[1:]] + [len(source)]
-    for banner, end in zip(banners, ends, strict=True):
-        lines = len(source[banner.start() : end].rstrip().splitlines())
-        check(f"section {banner[1]}", lines, SECTIONS[banner[1]])
-
-
-def check_code(name, source):
-    """Check the style of one file: functions, docstrings, lines, conditionals, comprehensions."""
-    lines = source.splitlines()
-    nodes = [*ast.walk(ast.parse(source))]
+def check_functions(name, nodes):
+    """Check the functions among some nodes. A function in a function is a part of that."""
     for node in nodes:
         if isinstance(node, ast.FunctionDef):
-            check_function(name, node)
-    check(f"{name}, longest line", max(map(len, lines)), LINE_LENGTH)
-    for word, kind, most in (
-        ("conditional expressions", ast.IfExp, CONDITIONALS),
-        ("comprehensions", COMPREHENSION, COMPREHENSIONS),
-    ):
-        count = sum(isinstance(node, kind) for node in nodes)
-        check(f"{name}, {word} in 100 lines", round(100 * count / len(lines), 1), most)
+            lines = node.end_lineno - node.lineno + 1
+            check(f"{name}, lines of {node.name}", lines, FUNCTION_LINES)
+            if not ast.get_docstring(node) and node.name != "__init__":
+                faults.append(f"{name}: {node.name} has no docstring")
 
 
-def check_function(name, node):
-    """Note a function that is too long, or that does not say what it does."""
-    length = node.end_lineno - node.lineno + 1
-    if length > FUNCTION_LINES:
-        faults.append(f"{name}, {node.name}: {length} lines are more than {FUNCTION_LINES}")
-    is_short = length < 10 or node.name == "__init__"
-    if ast.get_docstring(node) is None and not is_short:
-        faults.append(f"{name}, {node.name}: there is no docstring")
-
-
-for pattern, most in LINES.items():
-    check(pattern, count_lines(pattern), most)
-check_sections(Path("collector.py").read_text())
-for name in CODE:
-    check_code(name, Path(name).read_text())
+for pattern, most in FILES.items():
+    text = "".join(file.read_text() for file in Path().glob(pattern))
+    check(pattern, text.count("\n"), most)
+_, *sections = BANNER.split(Path("collector.py").read_text())
+for name, section in zip(sections[::2], sections[1::2], strict=True):
+    check(f"section {name}", section.count("\n"), SECTIONS[name])
+for name in SOURCE:
+    check_style(name, Path(name).read_text())
 sys.exit("\n".join(faults) or 0)
