@@ -107,7 +107,7 @@ def slowest_post(server, count=12):
 @pytest.fixture(scope="module")
 def one(tmp_path_factory):
     """Return a server that many tests use."""
-    server = BareServer(tmp_path_factory.mktemp("one"))
+    server = BareServer(tmp_path_factory.mktemp("one"), REQUEST_SECONDS="60")
     yield server
     server.kill()
 
@@ -227,12 +227,13 @@ def test_clients_that_send_or_take_nothing_are_dropped_after_some_seconds(make_s
 
 
 def test_of_too_many_requests_the_oldest_is_dropped_and_of_too_large_ones_the_largest(make_server):
-    server = make_server(WEB_CONCURRENCY="1")
+    server = make_server(WEB_CONCURRENCY="1", REQUEST_SECONDS="60")
     first = server.connect(post_of(b"{", length=100))
     assert server.ask(post_of(b"{}"))["length"] == 2  # by then the other is accepted
-    others = [server.connect(post_of(b"{", length=100)) for _ in range(405)]
+    others = [server.connect(post_of(b"{", length=100)) for _ in range(430)]
     assert read(first) == b""
     assert server.ask(post_of(b"{}"))["length"] == 2
+    assert server.log.read_text().count("too many") < 20
     others[-1].setblocking(False)
     with pytest.raises(BlockingIOError):
         others[-1].recv(1)
@@ -257,8 +258,12 @@ def test_a_worker_that_may_open_few_files_goes_on(make_server):
 
 
 def test_bodies_of_every_size_arrive_whole(shared):
-    for size in (0, 1, 20_000, 5_000_000, 32 << 20):
+    for size in (0, 1, 20_000, 5_000_000):
         assert shared.ask(post_of(bytes(size)))["length"] == size
+    largest = shared.connect(post_of(bytes(32 << 20))[:-1])
+    time.sleep(0.1)  # meanwhile it is held unfinished
+    largest.sendall(b"!")
+    assert reply_of(largest)["length"] == 32 << 20
 
 
 CHUNK = b"14;name=value\r\n{\r\n0\r\n\r\n!\r\n,\r\n0\r\n\r\n}\r\n"  # with ends of chunks in it
@@ -290,8 +295,8 @@ def test_a_request_may_be_split_at_any_byte(shared, request_, length):
     "data",
     [
         CHUNKED + b"5\r\nno",
-        CHUNKED + HOSTILE["tiny chunks"],
-        CHUNKED + HOSTILE["long extensions"],
+        HOSTILE["tiny chunks"] + b"0\r\n\r\n",
+        HOSTILE["long extensions"] + b"0\r\n\r\n",
         HEAD + b"X: " + b"y" * 100_000 + b"\r\n\r\n",
         b"x" * 800_000 + b"\r\n\r\n",
         b"GET / HTTP/1.1\r\n" + b"\x80" * 9000 + b"\r\n\r\n",
@@ -300,10 +305,11 @@ def test_a_request_may_be_split_at_any_byte(shared, request_, length):
     ],
 )
 def test_a_request_that_cannot_become_whole_ends_with_its_client(shared, data):
-    with contextlib.suppress(OSError), shared.connect() as connection:
+    connection = shared.connect()
+    with contextlib.suppress(ConnectionError):
         connection.sendall(data)
         connection.shutdown(socket.SHUT_WR)
-        assert b" 200 OK" not in read(connection)
+    assert b" 200 OK" not in read(connection)
 
 
 def test_a_body_may_wait_for_leave_and_a_second_request_does_no_harm(shared):
