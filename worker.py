@@ -64,9 +64,12 @@ class Client(socket.socket):
     def receive(self):
         """Take in what is here. Raises OSError if the connection is broken or abused."""
         with contextlib.suppress(BlockingIOError):
-            size = self.recv_into(BUFFER, 0, socket.MSG_DONTWAIT)
-            self.data += BUFFER[:size]
-            self.is_whole = size == 0 or self.has_come()
+            for _ in range(128):  # more parts than the kernel holds
+                size = self.recv_into(BUFFER, 0, socket.MSG_DONTWAIT)
+                self.data += BUFFER[:size]
+                self.is_whole = size == 0 or self.has_come()
+                if self.is_whole:
+                    return
 
     def has_come(self):
         """Return True if all of the request is here, or if no more of it is wanted."""
@@ -138,9 +141,7 @@ class Worker(SyncWorker):
     def wait(self, timeout):
         """Wait until there is something to do, and return the listeners to accept from."""
         self.notify()
-        timeout = IDLE_SECONDS
-        if self.readers:
-            timeout = POLL_SECONDS
+        timeout = POLL_SECONDS if self.readers else IDLE_SECONDS
         if self.maintain() or self.serve_reader():
             timeout = 0
         self.step(timeout)

@@ -392,6 +392,19 @@ def test_no_reader_is_taken_up_while_a_post_may_come_whole_however_long_it_waits
     assert "/late" not in server.ask(get("/page"))["served"]
 
 
+def test_what_has_come_while_a_reader_was_served_is_taken_up_however_late(make_server, tmp_path):
+    server = make_server(
+        "--timeout", "60", WEB_CONCURRENCY="1", YOUNG_SECONDS="0.1", REQUEST_SECONDS="0.5"
+    )
+    request = post_of(bytes(120_000))
+    post = server.connect(request[:100])
+    begin(server, get("/page?until=over"))
+    post.sendall(request[100:])
+    time.sleep(0.5)  # until its time is over
+    (tmp_path / "over").touch()
+    assert reply_of(post)["length"] == 120_000
+
+
 def test_an_export_may_last_longer_than_the_timeout(make_server):
     server = make_server("--timeout", "1", WEB_CONCURRENCY="1")
     workers = server.workers()
