@@ -30,14 +30,12 @@ MOST_HELD = min(400, resource.getrlimit(resource.RLIMIT_NOFILE)[0] // 2)  # requ
 MOST_BYTES = 33 * 1024 * 1024  # bytes of them, the largest body with its head
 HEAD_BYTES = 64 * 1024  # bytes in which a head has to end, and what follows the last chunk
 MOST_CHUNKS = 50_000  # chunks of a request, for which gunicorn takes half a second
-LINE_BYTES = 200  # bytes of the line before a chunk, with its extensions
 
 LENGTH = re.compile(rb"\r\nContent-Length:[ \t]*([0-9]{1,18})[ \t]*\r\n", re.IGNORECASE)
 CHUNKED = re.compile(rb"\r\nTransfer-Encoding:[^\r\n]*chunked", re.IGNORECASE)
 CONTINUE = re.compile(rb"\r\nExpect:[ \t]*100-continue[ \t]*\r\n", re.IGNORECASE)
 CHUNK_LINE = re.compile(rb"([0-9a-fA-F]{1,8})[^\r\n]{0,190}\r\n")
 URGENT = (b"POST ", b"GET /health", b"HEAD /health")  # beginnings of what waits for no reader
-
 BUFFER = memoryview(bytearray(64 * 1024))  # what is received of a request at a time
 TURNED_AWAY = (
     b"HTTP/1.1 503 Service Unavailable\r\nConnection: close\r\nRetry-After: 1\r\n"
@@ -94,7 +92,7 @@ class Client(socket.socket):
                 return self.data.find(b"\r\n\r\n", line.end() - 2, line.end() + HEAD_BYTES) >= 0
             self.next_chunk = line.end() + size + 2
             self.chunks += 1
-        if self.chunks == MOST_CHUNKS or len(self.data) > self.next_chunk + LINE_BYTES:
+        if self.chunks == MOST_CHUNKS or len(self.data) > self.next_chunk + 200:
             raise ConnectionAbortedError("its chunks are too small, or have too long extensions")
         return False
 
@@ -188,7 +186,9 @@ class Worker(SyncWorker):
             with contextlib.suppress(BlockingIOError):
                 fcntl.lockf(Worker.slots, fcntl.LOCK_EX | fcntl.LOCK_NB, 1, slot)
                 reader = self.readers.pop(0)
-                self.handle(reader.listener, reader, reader.addr)
+                if not reader.getsockopt(socket.SOL_SOCKET, socket.SO_ERROR):  # it is still there
+                    self.handle(reader.listener, reader, reader.addr)
+                reader.close()
                 fcntl.lockf(Worker.slots, fcntl.LOCK_UN)
                 return True
         return False

@@ -18,7 +18,6 @@ from conftest import ROOT, Server, children, wait_for
 
 HEAD = b"POST /hook HTTP/1.1\r\nHost: x\r\n"
 CHUNKED = HEAD + b"Transfer-Encoding: chunked\r\n\r\n"
-NOW = struct.pack("ii", 1, 0)  # SO_LINGER that makes close() a reset
 SLOW = 3  # seconds; more than any POST waits on a busy machine, less than a held worker costs
 
 
@@ -185,12 +184,9 @@ def drip(server, start, piece):
     threading.Thread(target=send, daemon=True).start()
 
 
-def reset(server):
-    """Reset connections at several places of their requests."""
-    for data in (b"GET / HT", post_of(b"{", length=9), post_of(b"{}"), get("/export?mb=1")):
-        connection = server.connect(data)
-        connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, NOW)
-        connection.close()
+def reset(connection):
+    connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+    connection.close()
 
 
 @pytest.mark.parametrize("name", HOSTILE)
@@ -206,7 +202,8 @@ def test_no_post_waits_for_all_of_them_at_once_nor_for_drips_resets_and_readers(
             be_hostile(shared, name)
         for start, piece in DRIPPING.values():
             drip(shared, start, piece)
-        reset(shared)
+        for data in (b"GET / HT", post_of(b"{", length=9), post_of(b"{}"), get("/export?mb=1")):
+            reset(shared.connect(data))
         shared.connect(get("/export?mb=8"), receive=4096)  # which takes nothing
     assert slowest_post(shared, 24) < SLOW
 
@@ -323,10 +320,16 @@ def test_a_body_may_wait_for_leave_and_a_second_request_does_no_harm(shared):
 
 def test_a_request_is_served_though_its_client_has_gone(make_server):
     server = make_server(WEB_CONCURRENCY="1")
-    connection = server.connect(post_of(b"{}").replace(b"/hook", b"/gone"))
-    connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, NOW)
-    connection.close()
+    reset(server.connect(post_of(b"{}").replace(b"/hook", b"/gone")))
     wait_for(lambda: "/gone" in server.ask(post_of(b"{}"))["served"])
+
+
+def test_no_time_is_lost_on_a_reader_who_has_gone(make_server):
+    server = make_server(WEB_CONCURRENCY="1")
+    server.connect(post_of(b"{", length=2))  # for which readers wait
+    server.ask(get("/health"))
+    reset(server.connect(get("/gone")))
+    assert server.ask(get("/page"))["served"][-2:] == ["/health", "/page"]
 
 
 # Readers
