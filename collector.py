@@ -1128,7 +1128,7 @@ class Database:
                     break
                 except BlockingIOError:
                     if time.monotonic() > deadline:
-                        words = "another process of the collector is writing"
+                        words = "another process of the collector holds the lock to write"
                         raise OSError(errno.EBUSY, words) from None
                 time.sleep(0.0003)
             yield
