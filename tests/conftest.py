@@ -35,8 +35,7 @@ from flask.testing import FlaskClient
 
 from collector import create_app
 
-# In memory where there is room for it, because a database for each test is hundreds of syncs.
-MEMORY = Path("/dev/shm")
+MEMORY = Path("/dev/shm")  # spares hundreds of syncs, where there is room
 if MEMORY.is_dir() and shutil.disk_usage(MEMORY).free > 2 * 1024**3:
     os.environ.setdefault("PYTEST_DEBUG_TEMPROOT", str(MEMORY))
 
@@ -122,8 +121,10 @@ def core(client):
 
 def maintain(client):
     """Do the maintenance that is due; all of it is in an app that has just been made."""
-    while core(client).maintain():
-        pass
+    for _ in range(10_000):
+        if not core(client).maintain():
+            return
+    raise AssertionError("maintenance has no end")
 
 
 def counts(client, **headers):
@@ -176,9 +177,6 @@ def log(caplog):
     """Return a function that returns the lines that the collector has logged in this process."""
     caplog.set_level(logging.INFO, logger="gunicorn.error")
     return lambda: [record.getMessage() for record in caplog.records]
-
-
-# A real gunicorn
 
 
 def wait_for(condition, seconds=20):
