@@ -89,15 +89,19 @@ LINK_NAME = re.compile(
     r"(?:ur[il]|query|query[-_]?string|referr?er|location|body|form)$", re.IGNORECASE
 )
 # The password in a URL: what is before it, and it.
-URL_PASSWORD = re.compile(r"(://[^/?#\s:@]*:)[^/?#\s@]+(?=@)")
+URL_PASSWORD = re.compile(r"(://[^/?#\s:@]*:)[^/?#\s@]+(?=@|…$)")  # "…": it was cut
+# The query of a URL in any text.
+URL_QUERY = re.compile(r"(?<=://)([^\s\"'<>?#]{0,2000}[?#])([^\s\"'<>]+)")
 LINK_STARTS = "http://", "https://", "/", "?"  # beginnings of other values that may be URLs
 # A parameter of a query or a form, and a member of an object in JSON or Python's form, which may be
 # broken: up to the value, the name in it.
 PARAMETER = re.compile(r"(?<![^?&;#])((?P<name>[^?&;#=]{1,200})=)[^&;#]*")
 MEMBER = re.compile(
     r"""((["'])(?P<name>[^"'\\]{1,200})\2\s*:\s*)"""
-    r"""(?:"(?:[^"\\]|\\.)*"?|'(?:[^'\\]|\\.)*'?|[^,}\]\s]+)"""
+    r"""(?:"(?:[^"\\]|\\.)*"?|'(?:[^'\\]|\\.)*'?|[^,{}\[\]\s"'][^,}\]\s]*)"""
 )
+# The beginning of an object or a list in such text, under its name.
+CONTAINER = re.compile(r"""(["'])(?P<name>[^"'\\]{1,200})\1\s*:\s*(?=[\[{])""")
 
 
 class Refused(Exception):
@@ -160,9 +164,11 @@ def load(body):
 
 
 def clean(value):
-    """Return text that SQLite and UTF-8 can hold, without lone surrogates and NUL."""
+    """Return text that SQLite and UTF-8 can hold, without the secrets of URLs in it."""
     if not value.isascii():  # Most text is, and the round trip takes time.
         value = value.encode("utf-8", "replace").decode("utf-8")
+    if "://" in value:
+        value = mask_urls(value)
     return value.replace("\0", "\ufffd")
 
 
@@ -239,6 +245,7 @@ def objects(value):
     return [item for item in as_list(value)[-SCANNED_OBJECTS:] if isinstance(item, dict)]
 
 
+@functools.lru_cache(maxsize=4096)
 def is_secret(name):
     """Return True if a value of this name is a secret."""
     if not name.islower():
@@ -258,6 +265,24 @@ def mask(match):
     return match[1] + MASK if is_secret(match["name"]) else match[0]
 
 
+def mask_urls(value):
+    """Return text without the passwords and the values of secret parameters of URLs in it."""
+    if "@" in value or value.endswith(REST):
+        value = URL_PASSWORD.sub(rf"\1{MASK}", value)
+    if "=" in value:
+        value = URL_QUERY.sub(lambda url: url[1] + PARAMETER.sub(mask, url[2]), value)
+    return value
+
+
+def mask_members(value):
+    """Return JSON or Python's form as text, which may be broken, without secret members."""
+    for container in CONTAINER.finditer(value):
+        if is_secret(container["name"]):
+            value = value[: container.end()] + MASK  # where it ends, broken text does not tell
+            break
+    return MEMBER.sub(mask, value)
+
+
 def mask_query(value):
     """Return a query or a URL without its password and the values of secret parameters."""
     return value and PARAMETER.sub(mask, URL_PASSWORD.sub(rf"\1{MASK}", value))
@@ -270,7 +295,7 @@ def mask_value(name, value):
     if not isinstance(value, str):
         return value
     if value.startswith(("{", "[")):
-        return MEMBER.sub(mask, value)
+        return mask_members(value)
     if LINK_NAME.search(name) or value.startswith(LINK_STARTS):
         return mask_query(value)
     return value
@@ -328,7 +353,7 @@ def plain_object(value, depth, room, limit=ITEMS):
 def plain_list(value, depth, room):
     """Return a plain copy of a list, of its first ITEMS values at most."""
     kept = take_room(room, "values", min(len(value), ITEMS))
-    copy = [plain(item, depth, room) for item in value[:kept]]
+    copy = [mask_value("", plain(item, depth, room)) for item in value[:kept]]
     if len(value) % 2 == 0:  # perhaps names, each with its value after it
         for index in range(1, kept, 2):
             name = value[index - 1]
@@ -833,7 +858,7 @@ def parse_data(data):
     if len(data) <= JSON_LENGTH:
         with suppress(ValueError, RecursionError):
             return plain(json.loads(data))
-    return MEMBER.sub(mask, text(data))
+    return mask_members(text(data))
 
 
 def parse_request(event):
@@ -936,9 +961,7 @@ def parse_clues(payload):
         signals.append(first(map(text, names)))
     template = event.get("template")
     return {
-        "errors": [
-            parse_words(item, "type", "name", "value") for item in objects(event.get("errors"))
-        ],
+        "errors": [parse_problem(item) for item in objects(event.get("errors"))[:CRUMBS]],
         "omitted": omitted,
         "signals": signals,
         "template": parse_template(template) if isinstance(template, dict) else None,
@@ -952,6 +975,12 @@ def parse_words(value, *keys):
     return {key: text(value.get(key)) for key in keys}
 
 
+def parse_problem(problem):
+    """Return what Sentry could not process, whose value is the user's own."""
+    words = parse_words(problem, "type", "name", "value")
+    return words | {"value": mask_value(words["name"] or "", words["value"])}
+
+
 def parse_template(template):
     """Return the place in a template that an old SDK of Django names."""
     place = parse_words(template, "filename", "context_line")
@@ -960,15 +989,17 @@ def parse_template(template):
 
 def parse_locks(event):
     """Return the threads that hold locks, with the newest frame of each."""
+    holders = [
+        thread for thread in find_list(event, "threads") if as_dict(thread.get("held_locks"))
+    ]
     locks = []
-    for thread in find_list(event, "threads"):
-        held = as_dict(thread.get("held_locks"))
-        if held:
-            frames = parse_frames(thread, new_room())
-            own = [frame for frame in frames if frame["in_app"]] or frames or [None]
-            words = [as_text(lock) for lock in held.values()]
-            named = parse_words(thread, "name", "state")
-            locks.append(named | {"locks": words, "frame": own[-1]})
+    room = new_room()
+    for thread in holders[:CRUMBS]:
+        frames = parse_frames(thread, room)
+        own = [frame for frame in frames if frame["in_app"]] or frames or [None]
+        words = [as_text(lock, room) for lock in islice(thread["held_locks"].values(), CRUMBS)]
+        named = parse_words(thread, "name", "state")
+        locks.append(named | {"locks": words, "frame": own[-1]})
     return locks
 
 
@@ -2852,7 +2883,7 @@ SETTINGS = {
     "API_TOKEN": ("", "[ -~]+", "it is not ASCII, which a header can carry", "5f1c0a9e7b3d4c62"),
     "PUBLIC_URL": (
         "",
-        r"https?://[^\s/?#\"'<>\\]+(/[^\s?#\"'<>\\]*)?",
+        r"https?://[^\s/?#\"'<>\\@]+(/[^\s?#\"'<>\\]*)?",
         "it is not an address that begins with http:// or https://",
         "https://errors.example.com",
     ),

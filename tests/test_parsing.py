@@ -11,7 +11,16 @@ import pytest
 from conftest import PAYLOADS, load, wire
 
 import collector
-from collector import DEPTH, FIELDS, Refused, find_error, parse_body, parse_detail, parse_error
+from collector import (
+    DEPTH,
+    FIELDS,
+    Refused,
+    find_error,
+    parse_body,
+    parse_clues,
+    parse_detail,
+    parse_error,
+)
 
 RECEIVED = "2026-04-01T00:00:00.000001Z"
 EMPTY = dict.fromkeys(["resource", "action", *FIELDS])
@@ -1371,3 +1380,52 @@ def test_tags_and_values_that_are_urls_are_masked_by_the_names_in_them():
         "url": "/pay?token=[masked]",
         "page": "https://a/?api_key=[masked]&b=1",
     }
+
+
+# What once showed a secret: where it lies in an event, and the value there
+
+
+LEAKS = {
+    "a URL in a list": {"extra": {"v": ["https://u:hush@h/"]}},
+    "a URL that is no link": {"extra": {"conn": "postgres://u:hush@h/db"}},
+    "a parameter in a list": {"request": {"headers": [["Referer", ["https://h/?token=hush"]]]}},
+    "a frame's file": {
+        "exception": {
+            "values": [{"stacktrace": {"frames": [{"filename": "https://u:hush@h/a.js"}]}}]
+        }
+    },
+    "words around a URL": {"title": "cannot reach postgres://u:hush@db now"},
+    "a URL that was cut": {"title": "x" * 8160 + " https://user:hushhushhushhush@h/"},
+    "a breadcrumb": {"breadcrumbs": [{"message": "GET https://h/?api_key=hush done"}]},
+    "a nested member": {"extra": {"v": '{"user":{"password":"hush"}}'}},
+    "a list under a secret name": {"extra": {"v": '{"password":["x","hush"],"a":1}'}},
+    "a body that was cut": {"request": {"data": '{"user":{"password":"hush"},"x":"'}},
+    "a problem": {"errors": [{"type": "invalid_data", "name": "password", "value": "hush"}]},
+    "a problem with a cookie": {"errors": [{"name": "request.cookies", "value": "sid=hush"}]},
+}
+
+
+@pytest.mark.parametrize("name", LEAKS)
+def test_what_once_showed_a_secret_hides_it(name):
+    payload = {"action": "created", "data": {"error": {"event_id": "1", **LEAKS[name]}}}
+    shown = json.dumps(
+        [parse_error(payload, None, RECEIVED), parse_detail(payload), parse_clues(payload)]
+    )
+    assert "hush" not in shown and "[masked]" in shown
+
+
+def test_words_beside_a_url_stay_and_so_does_a_url_without_secrets():
+    title = "see https://h:8080/a?b=c&token=hush then more words; ok"
+    payload = {"action": "created", "data": {"error": {"event_id": "1", "title": title}}}
+    assert parse_error(payload, None, RECEIVED)["title"] == title.replace("hush", "[masked]")
+
+
+def test_threads_with_locks_are_bounded():
+    thread = {
+        "held_locks": {str(n): {"address": n} for n in range(50)},
+        "stacktrace": {"frames": [{"function": "f"}]},
+    }
+    clues = parse_clues(
+        {"action": "created", "data": {"error": {"threads": {"values": [thread] * 5000}}}}
+    )
+    assert len(clues["locks"]) == 20 and len(clues["locks"][0]["locks"]) == 20

@@ -173,7 +173,7 @@ BAD_SETTINGS = {
     "SENTRY_CLIENT_SECRET": [",", " , ", '""', "' '", '"",\'\''],
     "SENTRY_ACTIONS": ["created;triggered", "Created", "created triggered", "created,resolved", ","],
     "API_TOKEN": ["tökén", "two\nlines"],
-    "PUBLIC_URL": ["errors.example.com", "ftp://e.example", "https://", "https://e.example/?a=b", 'https://e.example/"'],
+    "PUBLIC_URL": [f"https://me:{PASSWORD}@e.example", "errors.example.com", "ftp://e.example", "https://", "https://e.example/?a=b", 'https://e.example/"'],
     "TRUSTED_HOSTS": [",", "https://errors.example.com", "a b"],
     "RETENTION_DAYS": ["0", "-1", "30d", "1.5", "36501", "\u0663"],
     "MAX_BODY_BYTES": ["0", "5MB", "1e6", "9" * 5000, str(32 * 1024 * 1024 + 1)],
