@@ -23,6 +23,7 @@ import logging
 import math
 import os
 import re
+import shutil
 import sqlite3
 import tempfile
 import time
@@ -284,8 +285,8 @@ def mask_members(value):
 
 
 def mask_query(value):
-    """Return a query or a URL without its password and the values of secret parameters."""
-    return value and PARAMETER.sub(mask, URL_PASSWORD.sub(rf"\1{MASK}", value))
+    """Return a query, or a URL in clean text, without the values of secret parameters."""
+    return value and PARAMETER.sub(mask, value)
 
 
 def mask_value(name, value):
@@ -796,16 +797,24 @@ def parse_exception(exception, main, room):
     }
 
 
-def parse_exceptions(event, metadata):
-    """Return an event's exceptions, the inner cause first, and the stacktrace of the crash.
-
-    The stacktrace is that of the main exception, unless it has none and another one has.
-    """
+def keep_exceptions(event):
+    """Return the exceptions that are read, as sent, the main one in them, and the main one."""
     sent = find_exceptions(event)
     main = find_main(event, sent)
     kept = sent[-EXCEPTIONS:]
     if sent and all(exception is not main for exception in kept):
         kept[0] = main
+    if len(sent) > EXCEPTIONS:
+        kept.insert(0, {"type": REST})
+    return kept, main
+
+
+def parse_exceptions(event, metadata):
+    """Return an event's exceptions, the inner cause first, and the stacktrace of the crash.
+
+    The stacktrace is that of the main exception, unless it has none and another one has.
+    """
+    kept, main = keep_exceptions(event)
     room = new_room()
     parsed = [parse_exception(exception, main, room) for exception in reversed(kept)]
     parsed.reverse()
@@ -817,9 +826,6 @@ def parse_exceptions(event, metadata):
     else:
         stacktrace = parse_crash(event, metadata, room)
         crash["frames"] = stacktrace
-    if len(sent) > EXCEPTIONS:
-        cut_off = {"type": REST}
-        parsed.insert(0, parse_exception(cut_off, main, room))
     return parsed, stacktrace
 
 
@@ -915,9 +921,9 @@ def parse_stats(issue):
     return stats if any(value is not None for value in stats.values()) else None
 
 
-def parse_evidence(payload):
+def parse_evidence(event):
     """Return what Sentry shows of an occurrence, such as a slow query, as a dict of text."""
-    occurrence = as_dict(find_error(payload)["event"].get("occurrence"))
+    occurrence = as_dict(event.get("occurrence"))
     return join_pairs(read_pairs(occurrence.get("evidenceDisplay"), PAIRS), "; ")
 
 
@@ -949,24 +955,24 @@ def parse_clues(payload):
     `omitted` and `signals` have an item for each exception of the detail.
     """
     event = find_error(payload)["event"]
-    shown, _ = parse_exceptions(event, {})
-    sent = find_exceptions(event)[-EXCEPTIONS:]
-    omitted = [None] * (len(shown) - len(sent))
-    signals = [None] * (len(shown) - len(sent))
-    for exception in sent:
+    kept, _ = keep_exceptions(event)
+    omitted = []
+    signals = []
+    for exception in kept:
         cut_out = as_list(as_dict(exception.get("stacktrace")).get("frames_omitted"))
         omitted.append(cut_out[:2] if len(cut_out) == 2 else None)
         meta = as_dict(as_dict(exception.get("mechanism")).get("meta"))
         names = (as_dict(meta.get(key)).get("name") for key in ("signal", "mach_exception"))
         signals.append(first(map(text, names)))
-    template = event.get("template")
+    template = as_dict(event.get("template"))
+    place = parse_words(template, "filename", "context_line")
     return {
         "errors": [parse_problem(item) for item in objects(event.get("errors"))[:CRUMBS]],
         "omitted": omitted,
         "signals": signals,
-        "template": parse_template(template) if isinstance(template, dict) else None,
+        "template": template and place | {"lineno": integer(template.get("lineno"))},
         "locks": parse_locks(event),
-        "evidence": parse_evidence(payload),
+        "evidence": parse_evidence(event),
     }
 
 
@@ -979,12 +985,6 @@ def parse_problem(problem):
     """Return what Sentry could not process, whose value is the user's own."""
     words = parse_words(problem, "type", "name", "value")
     return words | {"value": mask_value(words["name"] or "", words["value"])}
-
-
-def parse_template(template):
-    """Return the place in a template that an old SDK of Django names."""
-    place = parse_words(template, "filename", "context_line")
-    return place | {"lineno": integer(template.get("lineno"))}
 
 
 def parse_locks(event):
@@ -1398,12 +1398,14 @@ def locate(connection, filters):
 
     With its server, the index gives the rows of an issue by id.
     """
+    if "issue" not in filters:
+        return filters
     sql = """SELECT issue_id AS issue, server FROM errors WHERE short_id = :issue
         AND issue_id IS NOT NULL AND server IS coalesce(:server, server) ORDER BY id DESC LIMIT 1"""
-    named = connection.execute(sql, {"server": None, "issue": None} | filters).fetchone()
+    named = connection.execute(sql, {"server": None} | filters).fetchone()
     if named:
         return filters | dict(named)
-    if "issue" in filters and "server" not in filters:
+    if "server" not in filters:
         sql = "SELECT server FROM errors WHERE issue_id = :issue ORDER BY server"
         first = connection.execute(f"{sql} LIMIT 1", filters).fetchone()
         if first == connection.execute(f"{sql} DESC LIMIT 1", filters).fetchone():
@@ -1464,8 +1466,9 @@ Walk = namedtuple("Walk", "rows last_id is_finished")  # last_id is that of the 
 def walk(select, database, filters, limit, seconds=LIST_SECONDS):
     """Return the Walk over the rows that match, until the page is full, the time is over, or all.
 
-    `filters` are values that FILTERS has parsed by name, and the ids `before`, or `after` which
-    the oldest come first. The first block is not ended by the clock, so that a walk always gets on.
+    `filters` are values that FILTERS has parsed by name, other names but `before` and `after` (ids,
+    with it the oldest come first) say nothing. The first block is not ended by the clock, so that a
+    walk always gets on.
     """
     deadline = time.monotonic() + seconds
     with database.reader() as connection:
@@ -1570,25 +1573,28 @@ def database_bytes(connection, pages="page_count"):
     return size * connection.execute(f"PRAGMA {pages}").fetchone()[0]
 
 
-def free_bytes(folder):
-    """Return how many bytes of the folder's disk are free."""
-    disk = os.statvfs(folder)
-    return disk.f_bavail * disk.f_frsize
-
-
 def check_room(folder, wanted, database=None):
     """Raise OSError unless a folder, made if missing, has room beyond the reserve for retention.
 
     The free pages of the database, if it is given, count, too.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    disk = os.statvfs(folder)
-    room = free_bytes(folder) - min(RESERVE_BYTES, disk.f_blocks * disk.f_frsize // 10)
+    disk = shutil.disk_usage(folder)
+    room = disk.free - min(RESERVE_BYTES, disk.total // 10)
     if database and room < wanted:
         with database.reader() as connection:
             room += database_bytes(connection, "freelist_count")
     if room < wanted:
         raise OSError(errno.ENOSPC, "only the reserve for retention is left of the disk")
+
+
+def sync(path):
+    """Sync what was written to a file, or the names in a folder, to disk."""
+    opened = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(opened)
+    finally:
+        os.close(opened)
 
 
 class Spool:
@@ -1608,12 +1614,7 @@ class Spool:
                 file.flush()
                 os.fsync(file.fileno())
             part.rename(part.with_suffix(".delivery"))
-            # Without this a new name is not durable.
-            folder = os.open(self.folder, os.O_RDONLY)
-            try:
-                os.fsync(folder)
-            finally:
-                os.close(folder)
+            sync(self.folder)  # without this a new name is not durable
         except OSError:
             part.unlink(missing_ok=True)
             raise
@@ -1665,8 +1666,9 @@ def copy_database(path, file):
         with closing(sqlite3.connect(uri, uri=True, isolation_level=None)) as connection:
             read_version(connection)
             connection.execute("VACUUM INTO ?", (str(part),))
-        os.sync()
+        sync(part)
         part.rename(file)
+        sync(file.absolute().parent)
     finally:
         part.unlink(missing_ok=True)
 
@@ -2281,14 +2283,13 @@ def receive_webhook():
 @web.get("/errors/latest")
 def show_latest():
     """Show the newest error in full; takes the filters of /errors, format=json|text|html."""
-    filters = read_query(*FILTERS, "format")
-    filters.pop("format", None)
-    walk = select_errors(store().database, filters, 1, LATEST_SECONDS)
+    query = read_query(*FILTERS, "format")
+    walk = select_errors(store().database, query, 1, LATEST_SECONDS)
     if walk.rows:
         return show(walk.rows[0], is_latest=True)
     if not walk.is_finished:
         return abort(503, "The search takes too long; narrow it, for example by since=24h.")
-    if filters:
+    if query.keys() & FILTERS:
         return abort(404, "No error matches; /errors lists those there are.")
     return abort(404, "No error has come in yet; see / for how.")
 
@@ -2343,11 +2344,12 @@ def show_overview():
         "connect": {"webhook_url": whole_link("/sentry/webhook")},
     }
     if form == "json":
-        del state["hours"]
         return respond(as_json(about | state), form)
-    return respond(
-        render_template("overview.html", **about, **state, config=describe_config()), form
-    )
+    hours = []
+    with suppress(sqlite3.Error, OSError), store().database.reader() as connection:
+        hours = select_hours(connection)
+    page = about | state | {"hours": hours, "config": describe_config()}
+    return respond(render_template("overview.html", **page), form)
 
 
 @web.get("/config")
@@ -2596,8 +2598,7 @@ def show_list(kind, form, query):
     select, shape, as_line, fields, template = LISTS[kind]
     default, most = ROWS[form]
     limit = min(query.get("limit", default), most)
-    filters = {name: query[name] for name in query if name not in ("limit", "format")}
-    walk = select(store().database, filters, limit)
+    walk = select(store().database, query, limit)
     following = next_page(walk, query)
     if form == "text":
         lines = [as_line(row) for row in walk.rows]
@@ -2685,14 +2686,13 @@ def show(row, is_latest=False):
 
 def export(database, query, base):
     """Yield errors in full, a line each, in reads so short that they stand in nobody's way."""
-    filters = {name: query[name] for name in query if name not in ("limit", "format")}
     direction = "before"
     if "after" in query:
         direction = "after"
     left = query.get("limit", math.inf)
     is_finished = False
     while left > 0 and not is_finished:
-        walk = select_errors(database, filters, int(min(left, EXPORT_ROWS)))
+        walk = select_errors(database, query, int(min(left, EXPORT_ROWS)))
         counted = {}  # occurrences by issue, of these rows only
         for row in walk.rows:
             key = (row["issue_id"], row["server"])
@@ -2704,7 +2704,7 @@ def export(database, query, base):
                 yield as_json(detail(summary(row, base) | {"occurrences": counted[key]}, body))
         left -= len(walk.rows)
         is_finished = walk.is_finished
-        filters[direction] = walk.last_id
+        query[direction] = walk.last_id
 
 
 def describe_endpoints():
@@ -2729,15 +2729,13 @@ def describe_state():
         "last_delivery_at": None,
         "database_bytes": None,
         "free_bytes": None,
-        "hours": [],
         "problem": None,
     }
     try:
-        state["free_bytes"] = free_bytes(database.path.parent)
+        state["free_bytes"] = shutil.disk_usage(database.path.parent).free
         with database.reader() as connection:
             held = select_state(connection)
             state["deliveries"] = select_outcomes(connection)
-            state["hours"] = select_hours(connection)
             state["database_bytes"] = database_bytes(connection)
     except (sqlite3.Error, OSError) as error:
         database.close()

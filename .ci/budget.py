@@ -9,24 +9,24 @@ from pathlib import Path
 # Most lines of a file, or of the files of a pattern together. Where the aim of the minimal
 # collector is not reached yet, it stands behind the figure of today.
 FILES = {
-    "collector.py": 3052,  # 2400
+    "collector.py": 3050,  # 2400
     "worker.py": 220,
     "gunicorn.conf.py": 60,
     "entrypoint.sh": 15,
     "schema.sql": 100,
     "templates/*": 520,
-    "tests/*.py": 6534,  # 5900
+    "tests/*.py": 6533,  # 5900
     "tests/benchmark.py": 400,
     "README.md": 200,
     ".ci/budget.py": 80,
 }
 SECTIONS = {
-    "Parsing": 953,  # 500
-    "Storage": 670,  # 600
-    "Intake": 175,  # 155
+    "Parsing": 952,  # 500
+    "Storage": 667,  # 600
+    "Intake": 172,  # 155
     "Presentation": 310,
-    "Web": 695,  # 600
-    "Wiring": 198,  # 190
+    "Web": 687,  # 600
+    "Wiring": 195,  # 190
 }
 SOURCE = ["collector.py", "worker.py", "gunicorn.conf.py", ".ci/budget.py"]
 LINE_LENGTH = 100

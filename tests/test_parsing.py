@@ -8,7 +8,7 @@ import time
 import tracemalloc
 
 import pytest
-from conftest import PAYLOADS, load, wire
+from conftest import PAYLOADS, event_payload, load, wire
 
 import collector
 from collector import (
@@ -1383,17 +1383,11 @@ def test_tags_and_values_that_are_urls_are_masked_by_the_names_in_them():
 
 
 # What once showed a secret: where it lies in an event, and the value there
-
-
 LEAKS = {
     "a URL in a list": {"extra": {"v": ["https://u:hush@h/"]}},
     "a URL that is no link": {"extra": {"conn": "postgres://u:hush@h/db"}},
     "a parameter in a list": {"request": {"headers": [["Referer", ["https://h/?token=hush"]]]}},
-    "a frame's file": {
-        "exception": {
-            "values": [{"stacktrace": {"frames": [{"filename": "https://u:hush@h/a.js"}]}}]
-        }
-    },
+    "a frame's file": {"stacktrace": {"frames": [{"filename": "https://u:hush@h/a.js"}]}},
     "words around a URL": {"title": "cannot reach postgres://u:hush@db now"},
     "a URL that was cut": {"title": "x" * 8160 + " https://user:hushhushhushhush@h/"},
     "a breadcrumb": {"breadcrumbs": [{"message": "GET https://h/?api_key=hush done"}]},
@@ -1407,25 +1401,30 @@ LEAKS = {
 
 @pytest.mark.parametrize("name", LEAKS)
 def test_what_once_showed_a_secret_hides_it(name):
-    payload = {"action": "created", "data": {"error": {"event_id": "1", **LEAKS[name]}}}
-    shown = json.dumps(
-        [parse_error(payload, None, RECEIVED), parse_detail(payload), parse_clues(payload)]
-    )
+    payload = event_payload(**LEAKS[name])
+    shown = json.dumps([row_of(payload), parse_detail(payload), parse_clues(payload)])
     assert "hush" not in shown and "[masked]" in shown
 
 
 def test_words_beside_a_url_stay_and_so_does_a_url_without_secrets():
     title = "see https://h:8080/a?b=c&token=hush then more words; ok"
-    payload = {"action": "created", "data": {"error": {"event_id": "1", "title": title}}}
-    assert parse_error(payload, None, RECEIVED)["title"] == title.replace("hush", "[masked]")
+    assert row_of(event_payload(title=title))["title"] == title.replace("hush", "[masked]")
 
 
 def test_threads_with_locks_are_bounded():
-    thread = {
-        "held_locks": {str(n): {"address": n} for n in range(50)},
-        "stacktrace": {"frames": [{"function": "f"}]},
-    }
-    clues = parse_clues(
-        {"action": "created", "data": {"error": {"threads": {"values": [thread] * 5000}}}}
-    )
+    held = {str(n): {"address": n} for n in range(50)}
+    thread = {"held_locks": held, "stacktrace": {"frames": [{"function": "f"}]}}
+    clues = parse_clues(event_payload(threads={"values": [thread] * 5000}))
     assert len(clues["locks"]) == 20 and len(clues["locks"][0]["locks"]) == 20
+
+
+def test_each_clue_belongs_to_its_exception_though_many_are_left_out():
+    values = []
+    for n in range(60):
+        mechanism = {"exception_id": n, "meta": {"signal": {"name": f"S{n}"}}}
+        values.append({"type": f"E{n}", "mechanism": mechanism})
+    payload = event_payload(exception={"values": values}, main_exception_id=3)
+    types = [exception["type"] for exception in parse_detail(payload)["exceptions"]]
+    told = list(zip(types, parse_clues(payload)["signals"], strict=True))
+    kept = [(f"E{n}", f"S{n}") for n in (3, *range(11, 60))]
+    assert told == [("…", None), *kept]
