@@ -2199,38 +2199,21 @@ SENDER_CURE = "point only Sentry's webhooks here"
 # What deliveries are counted under: the status of a refusal, what is wrong, and what to do.
 REASONS = {
     "too large": (413, "The delivery is longer than {} bytes", "raise MAX_BODY_BYTES to take it"),
-    "cut short": (
-        400,
-        "The delivery broke off before all of it had come",
-        "look at the proxy in between, which ends requests too early",
-    ),
+    "cut short": (400, "The delivery broke off", "look for a proxy that ends requests too early"),
     "signature missing": (
         401,
         "The Sentry-Hook-Signature header is missing",
-        "send by an internal integration, which signs; the legacy WebHooks plugin cannot, it needs "
-        "SENTRY_CLIENT_SECRET unset",
+        "use an internal integration, which signs; for the plugin unset SENTRY_CLIENT_SECRET",
     ),
     "signature wrong": (401, "The Sentry-Hook-Signature is wrong", SECRET_CURE),
-    "sent by a web page": (
-        403,
-        "A web page has sent this",
-        "post here only by Sentry, or by a program of yours",
-    ),
+    "sent by a web page": (403, "A web page has sent this", "send it by Sentry or by a program"),
     "not UTF-8": (400, "The body is not UTF-8", "send JSON text encoded as UTF-8"),
     "not JSON": (400, "The body is not JSON ({})", SENDER_CURE),
     "no object": (400, "The JSON is not an object", SENDER_CURE),
     "no delivery": (400, "The JSON has neither an 'action' nor a legacy 'event'", SENDER_CURE),
     "wrong address": (404, "Nothing takes a POST here", "set the integration's Webhook URL to {}"),
-    "disk": (
-        503,
-        "Neither the database nor the spool takes a delivery: {}",
-        "free space on the disk, because Sentry does not send these again",
-    ),
-    "no error": (
-        200,
-        "{} holds no new error",
-        "untick that webhook in Sentry to have fewer of these",
-    ),
+    "disk": (503, "Neither database nor spool takes a delivery: {}", "free space on the disk"),
+    "no error": (200, "{} holds no new error", "untick that webhook in Sentry to have fewer"),
     "action not accepted": (200, "{} is not in SENTRY_ACTIONS", "add it there to take these"),
     "database not writable": (202, "", "see /health; these are in the spool"),
     "fault of the collector": (202, "", "see the log, and report it; these are in the spool"),
@@ -2261,6 +2244,7 @@ PARAMETERS = {name: parse for name, (parse, _) in FILTERS.items()} | {
 @web.post("/sentry/webhook")
 def receive_webhook():
     """Take a delivery from Sentry."""
+    g.started = time.monotonic()
     received_at = now()
     settings = store().settings
     if request.headers.get("Sec-Fetch-Site") in ("cross-site", "same-site"):
@@ -2478,22 +2462,6 @@ def caller():
     return " ".join(UNSAFE.sub("?", address) for address in addresses)[:100]
 
 
-last_lines = {}  # monotonic time of the last line, by format
-
-
-def log_seldom(form, *values):
-    """Log a line of this form at most once a second, because strangers can cause it."""
-    if time.monotonic() > last_lines.get(form, -math.inf) + 1:
-        last_lines[form] = time.monotonic()
-        log.warning(form, *values)
-
-
-@web.before_app_request
-def start_clock():
-    """Note when the request began, for the log."""
-    g.started = time.monotonic()
-
-
 @web.before_request
 def guard_reading():
     """Let only those read who know API_TOKEN and name a trusted host, where these are set."""
@@ -2504,7 +2472,7 @@ def guard_reading():
         abort(400, "This Host is not in TRUSTED_HOSTS; use one that is, or add it there.")
     token = store().settings["API_TOKEN"]
     if token and not knows_token(token):
-        log_seldom("refused a reader without API_TOKEN, from %s", caller())
+        log.warning("refused a reader without API_TOKEN, from %s", caller())
         words = "send 'Authorization: Bearer <token>', or the token as Basic password"
         abort(401, f"Reading needs API_TOKEN; {words}.")
 
@@ -2809,7 +2777,7 @@ def handle_http_error(error):
         words = tell("wrong address", whole_link("/sentry/webhook")) + "."
         store().count("refused", "wrong address")
         path = UNSAFE.sub("?", request.path)[:100]
-        log_seldom("webhook refused, wrong address %s, from %s", path, caller())
+        log.warning("webhook refused, wrong address %s, from %s", path, caller())
     headers = [item for item in error.get_headers() if item[0] == "Allow"]
     if error.code == 401:
         challenge = 'Basic realm="Sentry Error Collector", charset="UTF-8"'
@@ -2828,7 +2796,7 @@ def handle_refusal(refused):
 def handle_failure(error):
     """Reply to a read that the database, its disk, the memory or the clock ended."""
     if kind_of(error) == "INTERRUPT":
-        log_seldom("ended a search that took too long, from %s", caller())
+        log.warning("ended a search that took too long, from %s", caller())
         return reply_with_error(503, "The search takes too long; narrow it, by since=24h or words.")
     store().log_failure("cannot read", error)
     store().database.close()
