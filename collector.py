@@ -2183,6 +2183,7 @@ FORMS = {  # media types by form, those preferred where Accept names several ali
     "html": ("text/html",),
     "ndjson": ("application/x-ndjson",),
 }
+PAGE_FORMS = "json", "text", "html"
 ROWS = {"json": (100, 1000), "text": (100, 1000), "html": (50, 250)}  # default and most of a list
 LISTS = {  # what selects and shapes the rows of a list, its filters and its template
     "errors": (select_errors, summary, error_line, FILTERS, "list.html"),
@@ -2232,12 +2233,12 @@ def read_number(least, most):
     return parse
 
 
-read_id = read_number(0, 2**63 - 1)
+LAST_ID = 2**63 - 1  # of SQLite
+read_id = read_number(0, LAST_ID)
 PARAMETERS = {name: parse for name, (parse, _) in FILTERS.items()} | {
     "limit": read_number(1, 1000),
     "before": read_id,
     "after": read_id,
-    "format": text,
 }
 
 
@@ -2266,38 +2267,39 @@ def receive_webhook():
 
 @web.get("/errors/latest")
 def show_latest():
-    """Show the newest error in full; takes the filters of /errors, format=json|text|html."""
-    query = read_query(*FILTERS, "format")
-    walk = select_errors(store().database, query, 1, LATEST_SECONDS)
+    """Show the newest error in full. It takes the filters of /errors, format=json|text|html."""
+    form, filters = read_query(FILTERS, *PAGE_FORMS)
+    walk = select_errors(store().database, filters, 1, LATEST_SECONDS)
     if walk.rows:
-        return show(walk.rows[0], is_latest=True)
+        return show(walk.rows[0]["id"], form)
     if not walk.is_finished:
         return abort(503, "The search takes too long; narrow it, for example by since=24h.")
-    if query.keys() & FILTERS:
+    if filters:
         return abort(404, "No error matches; /errors lists those there are.")
     return abort(404, "No error has come in yet; see / for how.")
 
 
 @web.get("/errors/<int:id_>")
 def show_error(id_):
-    """Show one error in full; takes format=json|text|html."""
-    read_query("format")
-    return show(find_row(id_))
+    """Show one error in full. It takes format=json|text|html."""
+    form, _ = read_query((), *PAGE_FORMS)
+    return show(id_, form)
 
 
 @web.get("/errors/<int:id_>/payload")
 def show_payload(id_):
     """Show a delivery as it was received, byte for byte."""
-    read_query()
-    return respond(find_body(find_row(id_)), "json")
+    read_query((), "json")
+    _, body = find(id_)
+    return respond(body, "json")
 
 
 @web.get("/errors")
 def list_errors():
-    """List summaries of errors, newest first; takes filters, limit, before=<id>, after=<id> (oldest
-    first), format=json|text|html|ndjson (in full, a line each)."""
-    form = choose_form(*FORMS)
-    query = read_query(*FILTERS, "limit", "before", "after", "format")
+    """List summaries of errors, newest first. It takes q=<words>, project, level, environment,
+    platform, release, category, server, event, issue, since, until, limit, before=<id>, after=<id>
+    (oldest first), format=json|text|html|ndjson (in full, a line each)."""
+    form, query = read_query((*FILTERS, "limit", "before", "after"), *PAGE_FORMS, "ndjson")
     if form == "ndjson":
         # An export is never cached, nor read whole for a tag.
         lines = export(store().database, query, link(""))
@@ -2307,18 +2309,16 @@ def list_errors():
 
 @web.get("/issues")
 def list_issues():
-    """List issues, the most recently seen first; takes filters of their newest error, limit,
-    before=<id>, format=json|text|html."""
-    form = choose_form("json", "text", "html")
-    query = read_query(*ISSUE_FILTERS, "limit", "before", "format")
+    """List issues, the most recently seen first. It takes q, project, level, category, server,
+    issue, since, until (of the newest error), limit, before=<id>, format=json|text|html."""
+    form, query = read_query((*ISSUE_FILTERS, "limit", "before"), *PAGE_FORMS)
     return show_list("issues", form, query)
 
 
 @web.get("/")
 def show_overview():
-    """Show what this service is and what it holds; takes format=json|html."""
-    form = choose_form("json", "html")
-    read_query("format")
+    """Show what this service is and what it holds. It takes format=json|html."""
+    form, _ = read_query((), "json", "html")
     state = describe_state()
     about = {
         "name": "Sentry Error Collector",
@@ -2339,7 +2339,7 @@ def show_overview():
 @web.get("/config")
 def show_config():
     """Show the settings without secrets, and how deliveries fare."""
-    read_query("format")
+    read_query((), "json")
     state = describe_state()
     config = describe_config() | {"spooled": state["counts"]["spooled"]}
     for name in ("deliveries", "last_delivery_at", "problem"):
@@ -2526,28 +2526,15 @@ def this_page(**changes):
     return f"{request.path.rstrip('/')}?{query}"
 
 
-def choose_form(*forms):
-    """Return the form to reply in: what ?format= says, else what the Accept header prefers."""
-    asked = request.args.get("format")
-    if asked:
-        if asked not in forms:
-            abort(400, f"format={ascii(asked[:40])} is unknown here; use {', '.join(forms)}.")
-        return asked
-    types = {media_type: form for form in forms for media_type in FORMS[form]}
-    # Without parameters such as a charset, which Werkzeug would compare.
-    accepted = [(name.partition(";")[0], quality) for name, quality in request.accept_mimetypes]
-    return types[MIMEAccept(accepted).best_match(types, default=FORMS["json"][0])]
-
-
-def read_query(*names):
-    """Return the values of the query's parameters by name, without the empty ones.
+def read_query(names, *forms):
+    """Return the form to reply in, and the values of the query's parameters that are not empty.
 
     Aborts with 400 on an unknown name, a repeat or a bad value.
     """
     query = {}
     for name, values in request.args.lists():
-        if name not in names:
-            known = ", ".join(names) or "none"
+        if name not in (*names, "format"):
+            known = ", ".join((*names, "format"))
             abort(400, f"The parameter {ascii(name[:40])} is unknown here; known are {known}.")
         if len(values) > 1:
             abort(400, f"The parameter {name} is given {len(values)} times; give it once.")
@@ -2555,17 +2542,28 @@ def read_query(*names):
         if not value:
             continue
         try:
-            query[name] = PARAMETERS[name](value)
+            query[name] = PARAMETERS.get(name, str)(value)
         except ValueError as error:
             abort(400, f"{name}={ascii(value[:40])} {error}.")
-    return query
+    form = query.pop("format", None) or preferred_form(forms)
+    if form not in forms:
+        abort(400, f"format={ascii(form[:40])} is unknown here; use {', '.join(forms)}.")
+    return form, query
+
+
+def preferred_form(forms):
+    """Return the form that the Accept header prefers, the first one if it takes none."""
+    types = {media_type: form for form in forms for media_type in FORMS[form]}
+    # Without parameters such as a charset, which Werkzeug would compare.
+    accepted = [(name.partition(";")[0], quality) for name, quality in request.accept_mimetypes]
+    return types.get(MIMEAccept(accepted).best_match(types), forms[0])
 
 
 def show_list(kind, form, query):
     """Reply with a page of a list, errors or issues."""
     select, shape, as_line, fields, template = LISTS[kind]
     default, most = ROWS[form]
-    limit = min(query.get("limit", default), most)
+    limit = min(query.pop("limit", default), most)
     walk = select(store().database, query, limit)
     following = next_page(walk, query)
     if form == "text":
@@ -2612,30 +2610,19 @@ def respond(content, form, following=None):
     return response.make_conditional(request)
 
 
-def find_row(id_):
-    """Return an error's row. Aborts with 404 if there is none."""
-    row = None
-    if id_ < 2**63:
-        with store().database.reader() as connection:
-            row = select_error(connection, id_)
-    if row is None:
-        abort(404, f"There is no error {str(id_)[:20]}; /errors lists those there are.")
-    return row
-
-
-def find_body(row):
-    """Return the body of a row's delivery (bytes). Aborts with 404 if it was deleted meanwhile."""
+def find(id_):
+    """Return an error's row and the body of its delivery (bytes). Aborts with 404 without them."""
     with store().database.reader() as connection:
-        body = select_body(connection, row["id"])
-    if body is None:
-        abort(404, f"Error {row['id']} has just been deleted; /errors lists those there are.")
-    return body
+        row = select_error(connection, min(id_, LAST_ID))
+        body = row and select_body(connection, row["id"])
+    if body is None:  # the body alone if it has just been deleted
+        abort(404, f"There is no error {str(id_)[:20]}; /errors lists those there are.")
+    return row, body
 
 
-def show(row, is_latest=False):
+def show(id_, form):
     """Reply with one error in full."""
-    form = choose_form("json", "text", "html")
-    body = find_body(row)
+    row, body = find(id_)
     with store().database.reader() as connection:
         occurrences = select_occurrences(connection, row)
     error = summary(row, link("")) | {"occurrences": occurrences}
@@ -2643,13 +2630,9 @@ def show(row, is_latest=False):
         return respond(as_json(detail(error, body)), form)
     if form == "text":
         return respond(error_text(error, body, whole_link(f"/errors/{row['id']}")), form)
-    page = error_page(error, body) | {"is_latest": is_latest, "issue_url": None}
-    if row["issue_id"]:
-        page["issue_url"] = issue_link(row, link(""))
-    for name in ("text", "json"):
-        page[f"{name}_url"] = f"{error['url']}?format={name}"
-    page["payload_url"] = f"{error['url']}/payload"
-    return respond(render_template("detail.html", **page), form)
+    issue_url = row["issue_id"] and issue_link(row, link(""))
+    page = render_template("detail.html", **error_page(error, body), issue_url=issue_url)
+    return respond(page, form)
 
 
 def export(database, query, base):
@@ -2657,7 +2640,7 @@ def export(database, query, base):
     direction = "before"
     if "after" in query:
         direction = "after"
-    left = query.get("limit", math.inf)
+    left = query.pop("limit", math.inf)
     is_finished = False
     while left > 0 and not is_finished:
         walk = select_errors(database, query, int(min(left, EXPORT_ROWS)))
@@ -2754,16 +2737,12 @@ def reply_with_error(status, words, headers=()):
     headers = list(headers)
     if status == 503:
         headers.append(("Retry-After", RETRY_AFTER))
-    (json_type,) = FORMS["json"]
-    (html_type,) = FORMS["html"]
-    accepted = request.accept_mimetypes.best_match([json_type, html_type])
-    is_page = request.args.get("format", "html") == "html" and accepted == html_type
-    if is_page:
+    if preferred_form(("json", "html")) == "html":
         page = render_template("error.html", status=status, words=words)
-        return Response(page, status, headers, mimetype=html_type)
+        return Response(page, status, headers, mimetype="text/html")
     while len(as_json({"error": words}).encode()) > REPLY_BYTES:
         words = cut(words, len(words) * 7 // 8)
-    return Response(as_json({"error": words}), status, headers, mimetype=json_type)
+    return Response(as_json({"error": words}), status, headers, mimetype="application/json")
 
 
 def handle_http_error(error):
