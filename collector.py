@@ -2342,8 +2342,7 @@ def show_config():
     read_query((), "json")
     state = describe_state()
     config = describe_config() | {"spooled": state["counts"]["spooled"]}
-    for name in ("deliveries", "last_delivery_at", "problem"):
-        config[name] = state[name]
+    config |= {name: state[name] for name in ("deliveries", "last_delivery_at", "problem")}
     return respond(as_json(config), "json")
 
 
@@ -2351,14 +2350,10 @@ def show_config():
 def show_metrics():
     """Show counts in the text format of Prometheus."""
     state = describe_state()
-    seconds = None
-    if state["last_delivery_at"]:
-        seconds = datetime.fromisoformat(state["last_delivery_at"]).timestamp()
-    status, health = describe_health()
-    is_writable = int(status == 200 and health["status"] == "ok")
-    words = render_template(
-        "metrics.txt", **state, last_delivery_seconds=seconds, writable=is_writable
-    )
+    last_at = state["last_delivery_at"]
+    seconds = last_at and datetime.fromisoformat(last_at).timestamp()
+    _, health = describe_health()
+    words = render_template("metrics.txt", **state, last_delivery_seconds=seconds, health=health)
     return Response(words, content_type="text/plain; version=0.0.4; charset=utf-8")
 
 
@@ -2368,7 +2363,7 @@ def show_health():
     status, health = describe_health()
     if status != 200:
         abort(status, health["problem"])
-    return Response(as_json(health), mimetype=FORMS["json"][0])
+    return Response(as_json(health), mimetype="application/json")
 
 
 # What the routes share
@@ -2672,35 +2667,27 @@ def describe_endpoints():
 def describe_state():
     """Return what the database and the spool hold, and why if the database cannot be read."""
     database = store().database
-    state = {
-        "counts": {"errors": None, "spooled": len(store().spool.files())},
-        "newest": None,
-        "oldest": None,
-        "deliveries": [],
-        "last_delivery_at": None,
-        "database_bytes": None,
-        "free_bytes": None,
-        "problem": None,
-    }
+    counts = {"errors": None, "spooled": len(store().spool.files())}
+    state = {"problem": None, "database_bytes": None, "deliveries": []}
+    state |= dict.fromkeys(("newest", "oldest", "last_delivery_at"))
     try:
-        state["free_bytes"] = shutil.disk_usage(database.path.parent).free
         with database.reader() as connection:
             held = select_state(connection)
             state["deliveries"] = select_outcomes(connection)
             state["database_bytes"] = database_bytes(connection)
     except (sqlite3.Error, OSError) as error:
         database.close()
-        return state | {"problem": f"The database cannot be read: {error}; {cure_of(error)}."}
-    state["counts"]["errors"] = held["errors"]
-    for name in ("newest", "oldest"):
-        if held[name]:
-            state[name] = summary(held[name], link(""))
+        problem = f"The database cannot be read: {error}; {cure_of(error)}."
+        return state | {"counts": counts, "problem": problem}
+    counts["errors"] = held.pop("errors")
+    for name, row in held.items():
+        state[name] = row and summary(row, link(""))
     for row in state["deliveries"]:
         _, _, cure = REASONS.get(row["reason"], (None, None, None))
         row["cure"] = cure and cure.replace("{}", whole_link("/sentry/webhook"))
     if state["deliveries"]:
         state["last_delivery_at"] = state["deliveries"][0]["last_at"]
-    return state
+    return state | {"counts": counts}
 
 
 def describe_config():
