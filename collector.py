@@ -2795,21 +2795,12 @@ LIST = r"[\s,]*({0})(\s*,[\s,]*({0}))*[\s,]*"  # pattern of values with commas b
 WORDS = ", ".join(ACTIONS)
 ACTION_LIST = LIST.format("|".join(ACTIONS))
 HOST_LIST = LIST.format(r"[\w.:\[\]-]+")
+FILE_URL = r"sqlite(\+aiosqlite)?:///(?!:memory:)[^?#]+"
 DATABASE_URL = "sqlite:///./data/errors.db"
 # By name the default, a good value's pattern, the fault of another (or good numbers), an example.
 SETTINGS = {
-    "DATABASE_URL": (
-        DATABASE_URL,
-        r"sqlite(\+aiosqlite)?:///(?!:memory:)[^?#]+",
-        "it is not the name of a file, as sqlite:///PATH",
-        DATABASE_URL,
-    ),
-    "SENTRY_DSN": (
-        "",
-        r"https?://\S+",
-        "it is not a DSN of Sentry's",
-        "https://key@o0.ingest.sentry.io/0",
-    ),
+    "DATABASE_URL": (DATABASE_URL, FILE_URL, "it is not a file, as sqlite:///PATH", DATABASE_URL),
+    "SENTRY_DSN": ("", r"https?://\S+", "it is not a DSN", "https://key@o0.ingest.sentry.io/0"),
     "SENTRY_CLIENT_SECRET": ("", r".*[^\s,\"'].*", "it holds no secret", "0123abcd,4567ef89"),
     "SENTRY_ACTIONS": ("created", ACTION_LIST, f"it is not a list of {WORDS}", "created,triggered"),
     "API_TOKEN": ("", "[ -~]+", "it is not ASCII, which a header can carry", "5f1c0a9e7b3d4c62"),
