@@ -40,7 +40,7 @@ import click
 from dotenv import dotenv_values
 from flask import Blueprint, Flask, Response, current_app, g, render_template, request
 from markupsafe import Markup, escape
-from werkzeug.datastructures import MIMEAccept
+from werkzeug.datastructures import MIMEAccept, WWWAuthenticate
 from werkzeug.exceptions import HTTPException, abort
 from werkzeug.sansio.utils import host_is_trusted
 
@@ -2191,6 +2191,7 @@ LISTS = {  # what selects and shapes the rows of a list, its filters and its tem
 }
 LATEST_SECONDS = 0.7  # longest search for one error
 EXPORT_ROWS = 100  # rows that an export reads at a time
+CHALLENGE = WWWAuthenticate("basic", {"realm": "Sentry Error Collector", "charset": "UTF-8"})
 RETRY_AFTER = "5"  # seconds, with a 503
 REPLY_BYTES = 1024  # bytes of a refusal that Sentry keeps for the integration's owner to read
 UNSAFE = re.compile(r"[^\w.:/-]", re.ASCII)  # what could end a log line or pass for another
@@ -2352,17 +2353,17 @@ def show_metrics():
     state = describe_state()
     last_at = state["last_delivery_at"]
     seconds = last_at and datetime.fromisoformat(last_at).timestamp()
-    _, health = describe_health()
-    words = render_template("metrics.txt", **state, last_delivery_seconds=seconds, health=health)
+    values = {"last_delivery_seconds": seconds, "health": describe_health()}
+    words = render_template("metrics.txt", **state, **values)
     return Response(words, content_type="text/plain; version=0.0.4; charset=utf-8")
 
 
 @web.get("/health")
 def show_health():
     """Show whether a delivery that comes in now is taken: ok, spooling, or 503."""
-    status, health = describe_health()
-    if status != 200:
-        abort(status, health["problem"])
+    health = describe_health()
+    if health["status"] == "refusing":
+        abort(503, health["problem"])
     return Response(as_json(health), mimetype="application/json")
 
 
@@ -2382,9 +2383,7 @@ def read_body(limit):
     length = request.content_length
     if length is not None and length > limit:
         raise Refused("too large", limit)
-    wanted = limit + 1
-    if length is not None:
-        wanted = length
+    wanted = limit + 1 if length is None else length
     try:
         body = request.environ["wsgi.input"].read(wanted)
     except Exception:  # gunicorn has many, for chunks that are none and for broken connections
@@ -2463,20 +2462,16 @@ def guard_reading():
     if request.endpoint in ("web.receive_webhook", "web.show_health"):
         return
     hosts = store().settings["TRUSTED_HOSTS"]
-    if hosts and not is_trusted(request.headers.get("Host", ""), hosts):
+    host = request.headers.get("Host", "")
+    # Werkzeug takes a host with an underscore, as compose services may have, for none.
+    is_named = re.sub(r":[0-9]+$", "", host).lower() in hosts
+    if hosts and not is_named and not host_is_trusted(host, hosts):
         abort(400, "This Host is not in TRUSTED_HOSTS; use one that is, or add it there.")
     token = store().settings["API_TOKEN"]
     if token and not knows_token(token):
         log.warning("refused a reader without API_TOKEN, from %s", caller())
-        words = "send 'Authorization: Bearer <token>', or the token as Basic password"
-        abort(401, f"Reading needs API_TOKEN; {words}.")
-
-
-def is_trusted(host, trusted):
-    """Return True if a Host header names one of the trusted hosts."""
-    # Werkzeug takes a host with an underscore, as compose services may have, for none.
-    name = re.sub(r":[0-9]+$", "", host).lower()
-    return name in trusted or host_is_trusted(host, trusted)
+        words = "send it by 'Authorization: Bearer <token>', or as Basic password"
+        abort(401, f"Reading needs API_TOKEN; {words}.", www_authenticate=CHALLENGE)
 
 
 def knows_token(token):
@@ -2487,18 +2482,8 @@ def knows_token(token):
         return False
     if authorization is None:
         return False
-    given = authorization.password or ""
-    if authorization.type == "bearer":
-        given = authorization.token or ""
+    given = authorization.token or authorization.password or ""
     return hmac.compare_digest(given.encode("utf-8", "replace"), token.encode())
-
-
-def scheme():
-    """Return http or https, as the nearest proxy says or else as the request came."""
-    sent = request.headers.get("X-Forwarded-Proto", "").rpartition(",")[2].strip().lower()
-    if sent in ("http", "https"):
-        return sent
-    return request.scheme
 
 
 def link(path):
@@ -2511,7 +2496,10 @@ def whole_link(path):
     if store().settings["PUBLIC_URL"]:
         return link(path)
     host = re.sub(r"[^\w.:\[\]-]", "", request.headers.get("Host", "localhost"))
-    return f"{scheme()}://{host}{link(path)}"
+    scheme = request.headers.get("X-Forwarded-Proto", "").rpartition(",")[2].strip().lower()
+    if scheme not in ("http", "https"):  # the nearest proxy says nothing
+        scheme = request.scheme
+    return f"{scheme}://{host}{link(path)}"
 
 
 def this_page(**changes):
@@ -2632,9 +2620,7 @@ def show(id_, form):
 
 def export(database, query, base):
     """Yield errors in full, a line each, in reads so short that they stand in nobody's way."""
-    direction = "before"
-    if "after" in query:
-        direction = "after"
+    direction = "after" if "after" in query else "before"
     left = query.pop("limit", math.inf)
     is_finished = False
     while left > 0 and not is_finished:
@@ -2708,22 +2694,20 @@ def describe_config():
 
 
 def describe_health():
-    """Return the status of /health, 200 while deliveries are taken, and its JSON."""
+    """Return the JSON of /health, whose status is ok, spooling or refusing."""
     try:
         problem = store().check()
     except Refused as refused:
-        return 503, {"status": "refusing", "problem": tell(refused.reason, refused.detail) + "."}
+        return {"status": "refusing", "problem": tell(refused.reason, refused.detail) + "."}
     if problem is None:
-        return 200, {"status": "ok"}
-    spooled = len(store().spool.files())
-    return 200, {"status": "spooling", "problem": problem, "spooled": spooled}
+        return {"status": "ok"}
+    return {"status": "spooling", "problem": problem, "spooled": len(store().spool.files())}
 
 
 def reply_with_error(status, words, headers=()):
     """Reply with the one error shape, or with a page of the same words to browsers."""
-    headers = list(headers)
     if status == 503:
-        headers.append(("Retry-After", RETRY_AFTER))
+        headers = [*headers, ("Retry-After", RETRY_AFTER)]
     if preferred_form(("json", "html")) == "html":
         page = render_template("error.html", status=status, words=words)
         return Response(page, status, headers, mimetype="text/html")
@@ -2734,8 +2718,6 @@ def reply_with_error(status, words, headers=()):
 
 def handle_http_error(error):
     """Reply to what a route aborted with, or Flask itself."""
-    if (error.code or 0) < 400:
-        return error
     words = error.description
     if words == type(error).description:
         words = f"{error.name} for {request.method} of this page; / lists what there is."
@@ -2744,11 +2726,8 @@ def handle_http_error(error):
         store().count("refused", "wrong address")
         path = UNSAFE.sub("?", request.path)[:100]
         log.warning("webhook refused, wrong address %s, from %s", path, caller())
-    headers = [item for item in error.get_headers() if item[0] == "Allow"]
-    if error.code == 401:
-        challenge = 'Basic realm="Sentry Error Collector", charset="UTF-8"'
-        headers.append(("WWW-Authenticate", challenge))
-    return reply_with_error(error.code, words, headers)
+    # The first header is the type of Werkzeug's own page; Allow or the challenge may follow.
+    return reply_with_error(error.code, words, error.get_headers()[1:])
 
 
 def handle_refusal(refused):
