@@ -2495,7 +2495,7 @@ def whole_link(path):
     """Return the whole address of a path here, by PUBLIC_URL or by what the request says."""
     if store().settings["PUBLIC_URL"]:
         return link(path)
-    host = re.sub(r"[^\w.:\[\]-]", "", request.headers.get("Host", "localhost"))
+    host = re.sub(r"[^\w.:\[\]-]", "", request.headers.get("Host", "")) or "localhost"
     scheme = request.headers.get("X-Forwarded-Proto", "").rpartition(",")[2].strip().lower()
     if scheme not in ("http", "https"):  # the nearest proxy says nothing
         scheme = request.scheme
@@ -2708,7 +2708,7 @@ def reply_with_error(status, words, headers=()):
     """Reply with the one error shape, or with a page of the same words to browsers."""
     if status == 503:
         headers = [*headers, ("Retry-After", RETRY_AFTER)]
-    if preferred_form(("json", "html")) == "html":
+    if preferred_form(PAGE_FORMS) == "html":
         page = render_template("error.html", status=status, words=words)
         return Response(page, status, headers, mimetype="text/html")
     while len(as_json({"error": words}).encode()) > REPLY_BYTES:

@@ -153,6 +153,9 @@ def test_the_form_is_the_one_that_is_preferred_or_asked_for(client):
     reply = client.get("/errors", headers={"Accept": "application/x-ndjson"})
     assert reply.mimetype == "application/x-ndjson"
     assert client.get("/", headers={"Accept": "text/html"}).mimetype == "text/html"
+    for accept, form in ACCEPTED.items():  # of what is wrong only browsers get a page
+        mimetype = client.get("/nowhere", headers={"Accept": accept}).mimetype
+        assert mimetype == TYPES["html" if form == "html" else "json"], accept
 
 
 def test_a_trailing_slash_reads_the_same_and_head_like_get(client):
@@ -431,6 +434,7 @@ def test_the_metrics_count_and_health_says_what_happens_to_a_delivery(app, tmp_p
 
 PLACES = [
     ({}, {}, "", "http://localhost"),
+    ({}, {"HTTP_HOST": ""}, "", "http://localhost"),
     ({}, {"HTTP_HOST": "collector_1:8000"}, "", "http://collector_1:8000"),
     ({}, {"HTTP_HOST": "a.example", "HTTP_X_FORWARDED_PROTO": "https"}, "", "https://a.example"),
     ({}, {"HTTP_X_FORWARDED_PROTO": "http, HTTPS"}, "", "https://localhost"),
