@@ -2205,7 +2205,7 @@ REASONS = {
     "signature missing": (
         401,
         "The Sentry-Hook-Signature header is missing",
-        "use an internal integration, which signs; for the plugin unset SENTRY_CLIENT_SECRET",
+        "sign, as internal integrations do; for the legacy plugin unset SENTRY_CLIENT_SECRET",
     ),
     "signature wrong": (401, "The Sentry-Hook-Signature is wrong", SECRET_CURE),
     "sent by a web page": (403, "A web page has sent this", "send it by Sentry or by a program"),
