@@ -1240,10 +1240,9 @@ def upgrade(connection):
 
 def category_of(payload, payload_bytes):
     """Return the category of the error in a body of 1.0.0, which may be damaged."""
-    try:
+    with suppress(Exception):  # or one body would keep the database from its upgrade
         return parse_error(load(unpack(payload, payload_bytes)), None, "")["category"]
-    except Exception:  # a body that cannot be read must not keep the database from its upgrade
-        return "error"
+    return "error"
 
 
 def digest_of(payload, payload_bytes):
@@ -1340,14 +1339,14 @@ def read_levels(value):
 
 def read_time(value):
     """Return a time, given in any of its forms, as text that compares. Raises ValueError."""
+    # A plus that is not encoded comes as a blank.
+    given = re.sub(r"(:[0-9.]+) ([0-9:]+)$", r"\1+\2", value.upper())
     ago = re.fullmatch(r"([0-9]{1,6})([mhdw])", value)
     if ago:
-        when = parse_time(max(time.time() - int(ago[1]) * SECONDS[ago[2]], 0))
+        given = max(time.time() - int(ago[1]) * SECONDS[ago[2]], 0)
     elif re.fullmatch(r"[0-9]{9,11}(\.[0-9]{1,9})?", value):
-        when = parse_time(float(value))
-    else:
-        # A plus that is not encoded comes as a blank.
-        when = parse_time(re.sub(r"(:[0-9.]+) ([0-9:]+)$", r"\1+\2", value.upper()))
+        given = float(value)
+    when = parse_time(given)
     if when is None:
         forms = "ISO 8601, as 2026-01-31T12:00:00Z, Unix seconds, or 15m, 24h, 7d, 2w"
         raise ValueError(f"is not a time; use {forms}")
@@ -1394,23 +1393,14 @@ ISSUE_FILTERS = "q", "project", "level", "category", "server", "issue", "since",
 
 
 def locate(connection, filters):
-    """Return the filters with the id and the server of the issue that they name.
+    """Return the filters with issue id and server in the place of a short id.
 
     With its server, the index gives the rows of an issue by id.
     """
-    if "issue" not in filters:
-        return filters
     sql = """SELECT issue_id AS issue, server FROM errors WHERE short_id = :issue
         AND issue_id IS NOT NULL AND server IS coalesce(:server, server) ORDER BY id DESC LIMIT 1"""
-    named = connection.execute(sql, {"server": None} | filters).fetchone()
-    if named:
-        return filters | dict(named)
-    if "server" not in filters:
-        sql = "SELECT server FROM errors WHERE issue_id = :issue ORDER BY server"
-        first = connection.execute(f"{sql} LIMIT 1", filters).fetchone()
-        if first == connection.execute(f"{sql} DESC LIMIT 1", filters).fetchone():
-            return filters | dict(first or {})
-    return filters
+    found = connection.execute(sql, {"issue": None, "server": None} | filters).fetchone()
+    return filters | dict(found or {})
 
 
 def find_bounds(database, filters):
@@ -1602,7 +1592,6 @@ class Spool:
 
     def __init__(self, folder):
         self.folder = folder
-        self.unreadable = set()  # files that the disk does not give back
 
     def put(self, received_at, resource, body):
         """Write a delivery to disk, synced. Raises OSError if that cannot be done."""
@@ -1629,22 +1618,13 @@ class Spool:
         """Return the files that wait (paths), in order of receipt."""
         return sorted(self.folder.glob("*.delivery"))
 
-    def read(self, file):
-        """Return received_at, resource and body of a file, None if it is gone or unreadable.
 
-        Raises ValueError if it is damaged.
-        """
-        try:
-            head, _, body = file.read_bytes().partition(b"\n")
-        except FileNotFoundError:
-            return None  # another worker has moved it
-        except OSError as error:
-            self.unreadable.add(file)
-            log.error("cannot read a spooled delivery, it waits for the next start: %s", error)
-            return None
-        received_at, resource, *_ = json.loads(head)  # 2.0.0 wrote length and checksum, too
-        datetime.fromisoformat(received_at)
-        return received_at, resource, body
+def parse_spooled(content):
+    """Return received_at, resource and body of a spooled file. Raises ValueError if it is none."""
+    head, _, body = content.partition(b"\n")
+    received_at, resource, *_ = json.loads(head)  # 2.0.0 wrote length and checksum, too
+    datetime.fromisoformat(received_at)
+    return received_at, resource, body
 
 
 def copy_database(path, file):
@@ -1719,16 +1699,20 @@ class Store:
             time.sleep(1)
         self.database.close()
 
-    def keep(self, body, payload, resource, received_at):
+    def keep(self, body, resource, received_at):
         """Store a delivery, or spool it whatever fails, because Sentry will not send it again.
 
-        Returns the outcome, and the error's id or None. Raises Refused if neither is possible.
+        Returns the outcome, and the error's id or None. Raises Refused if it holds no wanted error,
+        or if neither is possible.
         """
         was_paused = self.database.is_paused()
         try:
-            outcome, id_ = self.store(body, payload, resource, received_at)
+            wanted = self.settings["SENTRY_ACTIONS"]
+            outcome, id_ = self.store(body, resource, received_at, wanted)
             self.count(outcome)
             return outcome, id_
+        except Refused:
+            raise
         except Exception as error:
             self.log_failure("cannot store a delivery, spooling it", error)
             reason = "fault of the collector"
@@ -1739,18 +1723,26 @@ class Store:
         except Exception as error:
             if was_paused:  # the database, which nobody has asked yet, is all that is left
                 self.database.paused_until = -math.inf
-                return self.keep(body, payload, resource, received_at)
+                return self.keep(body, resource, received_at)
             log.critical("LOST a delivery: it can neither be stored nor spooled: %s", error)
             self.report(error)
             raise Refused("disk", str(error)) from None
         self.count("queued", reason)
         return "queued", None
 
-    def store(self, body, payload, resource, received_at, seconds=TURN_SECONDS):
-        """Commit a delivery's error. Return "stored" or "duplicate", and the error's id."""
+    def store(self, body, resource, received_at, wanted, seconds=TURN_SECONDS):
+        """Commit a delivery's error. Return "stored" or "duplicate", and the error's id.
+
+        Raises Refused if it holds none, or one by an action that is not among the `wanted` ones.
+        """
+        payload = parse_body(body)
         row = parse_error(payload, resource, received_at)
-        if row is None:
-            raise ValueError("it holds no error")
+        action = text(payload.get("action"))
+        if row is None or action not in (None, *ACTIONS):
+            told = f"resource {ascii(cut(resource, 40))} with action {ascii(cut(action, 40))}"
+            raise Refused("no error", told)
+        if action not in (None, *wanted):
+            raise Refused("action not accepted", ",".join([*wanted, action]))
         row |= {"id": None, "identity": identity(row, body)} | pack(body)
         check_room(self.database.path.parent, 2 * len(body), self.database)
         with self.database.transaction(seconds) as connection:
@@ -1762,21 +1754,18 @@ class Store:
         number, _ = self.counts.get((outcome, reason), (0, None))
         self.counts[outcome, reason] = (number + 1, now())
 
-    def check(self):
-        """Return None if a delivery would be stored now, else why it would be spooled.
-
-        Raises Refused if it would be refused.
-        """
+    def health(self):
+        """Return the JSON of /health, by its status what comes of a delivery now."""
         try:
             check_writable(self.database)
-            return None
+            return {"status": "ok"}
         except (sqlite3.Error, OSError) as error:
             problem = f"The database takes no rows: {error}; {cure_of(error)}."
         try:
             self.spool.check_room(0)
-            return problem
+            return {"status": "spooling", "problem": problem, "spooled": len(self.spool.files())}
         except OSError as error:
-            raise Refused("disk", str(error)) from None
+            return {"status": "refusing", "problem": str(error)}
 
     def log_failure(self, what, error):
         """Log and report a failure, with nothing of a delivery's content."""
@@ -1810,26 +1799,28 @@ class Store:
 
     def move_spooled(self):
         """Move a spooled delivery into the database. Return True if more wait."""
-        if not self.waiting:
-            self.waiting = sorted({*self.spool.files()} - self.spool.unreadable, reverse=True)
+        self.waiting = self.waiting or self.spool.files()[::-1]
         if not self.waiting:
             return False
-        file = self.waiting[-1]
+        file = self.waiting.pop()  # so that one that cannot be read holds up no other
+        with suppress(FileNotFoundError):  # another worker has moved it
+            self.move(file, file.read_bytes())
+        return bool(self.waiting)
+
+    def move(self, file, content):
+        """Store a spooled delivery, and remove its file, or rename it if it can never be stored."""
         try:
-            delivery = self.spool.read(file)
-            if delivery is not None:
-                received_at, resource, body = delivery
-                self.store(body, parse_body(body), resource, received_at, 0)
-                file.unlink(missing_ok=True)
+            received_at, resource, body = parse_spooled(content)
+            self.store(body, resource, received_at, ACTIONS, 0)
+            file.unlink(missing_ok=True)
         except Exception as error:
             is_of_system = isinstance(error, sqlite3.Error | OSError | MemoryError)
             if is_of_system and not isinstance(error, GIVEN_FAULTS):
+                self.waiting.clear()  # it is the first one again
                 raise
             rejected = file.rename(file.with_suffix(".rejected"))
             kind = type(error).__name__
             log.error("cannot store a spooled delivery (%s), see %s", kind, rejected)
-        self.waiting.pop()
-        return bool(self.waiting)
 
     def prune(self):
         """Delete some errors that RETENTION_DAYS has passed. Return True if there may be more."""
@@ -2177,8 +2168,9 @@ HEADERS = {  # of every reply: they keep hostile text harmless, and replies out 
     "Cache-Control": "private, no-cache",
     "Vary": "Accept, Authorization",
 }
+JSON = "application/json"
 FORMS = {  # media types by form, those preferred where Accept names several alike first
-    "json": ("application/json",),
+    "json": (JSON,),
     "text": ("text/plain", "text/markdown"),
     "html": ("text/html",),
     "ndjson": ("application/x-ndjson",),
@@ -2193,8 +2185,8 @@ LATEST_SECONDS = 0.7  # longest search for one error
 EXPORT_ROWS = 100  # rows that an export reads at a time
 CHALLENGE = WWWAuthenticate("basic", {"realm": "Sentry Error Collector", "charset": "UTF-8"})
 RETRY_AFTER = "5"  # seconds, with a 503
-REPLY_BYTES = 1024  # bytes of a refusal that Sentry keeps for the integration's owner to read
 UNSAFE = re.compile(r"[^\w.:/-]", re.ASCII)  # what could end a log line or pass for another
+REPLY_BYTES = 1024  # bytes of a refusal that Sentry keeps for the integration's owner to read
 STATUSES = {"stored": 201, "duplicate": 200, "queued": 202}  # of the reply, by outcome
 SECRET_CURE = "set SENTRY_CLIENT_SECRET to the Client Secret of the integration that sends"
 SENDER_CURE = "point only Sentry's webhooks here"
@@ -2216,7 +2208,11 @@ REASONS = {
     "wrong address": (404, "Nothing takes a POST here", "set the integration's Webhook URL to {}"),
     "disk": (503, "Neither database nor spool takes a delivery: {}", "free space on the disk"),
     "no error": (200, "{} holds no new error", "untick that webhook in Sentry to have fewer"),
-    "action not accepted": (200, "{} is not in SENTRY_ACTIONS", "add it there to take these"),
+    "action not accepted": (
+        200,
+        "Only SENTRY_ACTIONS={} takes this",
+        "add the action to SENTRY_ACTIONS to take these",
+    ),
     "database not writable": (202, "", "see /health; these are in the spool"),
     "fault of the collector": (202, "", "see the log, and report it; these are in the spool"),
 }
@@ -2253,17 +2249,16 @@ def receive_webhook():
         raise Refused("sent by a web page")
     body = read_body(settings["MAX_BODY_BYTES"])
     check_signature(body, settings["SENTRY_CLIENT_SECRET"])
-    payload = parse_body(body)
     resource = request.headers.get("Sentry-Hook-Resource")
-    reason, words = reason_to_ignore(payload, resource, settings["SENTRY_ACTIONS"])
-    if reason:
-        store().count("ignored", reason)
-        return reply_to_delivery({"status": "ignored", "reason": words}, 200)
-    outcome, id_ = store().keep(body, payload, resource, received_at)
+    outcome, id_ = store().keep(body, resource, received_at)
+    log_delivery(f"{outcome} {id_ or ''}".rstrip())
     reply = {"status": outcome}
+    headers = {}
     if id_ is not None:
         reply |= {"id": id_, "url": link(f"/errors/{id_}")}
-    return reply_to_delivery(reply, STATUSES[outcome])
+    if outcome == "stored":
+        headers["Location"] = reply["url"]
+    return Response(as_json(reply), STATUSES[outcome], headers, mimetype=JSON)
 
 
 @web.get("/errors/latest")
@@ -2353,7 +2348,7 @@ def show_metrics():
     state = describe_state()
     last_at = state["last_delivery_at"]
     seconds = last_at and datetime.fromisoformat(last_at).timestamp()
-    values = {"last_delivery_seconds": seconds, "health": describe_health()}
+    values = {"last_delivery_seconds": seconds, "health": store().health()}
     words = render_template("metrics.txt", **state, **values)
     return Response(words, content_type="text/plain; version=0.0.4; charset=utf-8")
 
@@ -2361,10 +2356,10 @@ def show_metrics():
 @web.get("/health")
 def show_health():
     """Show whether a delivery that comes in now is taken: ok, spooling, or 503."""
-    health = describe_health()
+    health = store().health()
     if health["status"] == "refusing":
-        abort(503, health["problem"])
-    return Response(as_json(health), mimetype="application/json")
+        abort(503, tell("disk", health["problem"]) + ".")
+    return Response(as_json(health), mimetype=JSON)
 
 
 # What the routes share
@@ -2410,34 +2405,10 @@ def check_signature(body, secrets):
     raise Refused("signature wrong")
 
 
-def reason_to_ignore(payload, resource, accepted):
-    """Return the reason for which a delivery is not stored, None if it is, and words about it."""
-    action = text(payload.get("action"))
-    shown = ascii(cut(action, 40))
-    if find_error(payload) is None:
-        kind = UNSAFE.sub("?", resource or "unknown")[:40]
-        return "no error", tell("no error", f"resource {kind} with action {shown}")
-    if action is None or action in accepted:
-        return None, ""
-    words = tell("action not accepted", f"action {shown}")
-    if action in ACTIONS:
-        words += f", SENTRY_ACTIONS={','.join([*accepted, action])}"
-    return "action not accepted", words
-
-
 def tell(reason, detail):
     """Return what is wrong with a delivery and what to do, as one sentence without a stop."""
     _, fault, cure = REASONS[reason]
     return f"{fault}; {cure}".replace("{}", str(detail))
-
-
-def reply_to_delivery(reply, status):
-    """Log a delivery's outcome, and return the response to it."""
-    log_delivery(f"{reply['status']} {reply.get('id', '')}{reply.get('reason', '')}".rstrip())
-    response = Response(as_json(reply), status, mimetype=FORMS["json"][0])
-    if status == 201:
-        response.headers["Location"] = reply["url"]
-    return response
 
 
 def log_delivery(outcome):
@@ -2482,7 +2453,9 @@ def knows_token(token):
         return False
     if authorization is None:
         return False
-    given = authorization.token or authorization.password or ""
+    given = authorization.password or ""
+    if authorization.type == "bearer":
+        given = authorization.token or ""
     return hmac.compare_digest(given.encode("utf-8", "replace"), token.encode())
 
 
@@ -2693,17 +2666,6 @@ def describe_config():
     }
 
 
-def describe_health():
-    """Return the JSON of /health, whose status is ok, spooling or refusing."""
-    try:
-        problem = store().check()
-    except Refused as refused:
-        return {"status": "refusing", "problem": tell(refused.reason, refused.detail) + "."}
-    if problem is None:
-        return {"status": "ok"}
-    return {"status": "spooling", "problem": problem, "spooled": len(store().spool.files())}
-
-
 def reply_with_error(status, words, headers=()):
     """Reply with the one error shape, or with a page of the same words to browsers."""
     if status == 503:
@@ -2713,7 +2675,7 @@ def reply_with_error(status, words, headers=()):
         return Response(page, status, headers, mimetype="text/html")
     while len(as_json({"error": words}).encode()) > REPLY_BYTES:
         words = cut(words, len(words) * 7 // 8)
-    return Response(as_json({"error": words}), status, headers, mimetype="application/json")
+    return Response(as_json({"error": words}), status, headers, mimetype=JSON)
 
 
 def handle_http_error(error):
@@ -2726,16 +2688,21 @@ def handle_http_error(error):
         store().count("refused", "wrong address")
         path = UNSAFE.sub("?", request.path)[:100]
         log.warning("webhook refused, wrong address %s, from %s", path, caller())
-    # The first header is the type of Werkzeug's own page; Allow or the challenge may follow.
-    return reply_with_error(error.code, words, error.get_headers()[1:])
+    headers = [item for item in error.get_headers() if item[0] in ("Allow", "WWW-Authenticate")]
+    return reply_with_error(error.code, words, headers)
 
 
 def handle_refusal(refused):
     """Count, log and reply to a delivery that is not taken."""
     status, _, _ = REASONS[refused.reason]
+    words = tell(refused.reason, refused.detail)
+    if status == 200:
+        store().count("ignored", refused.reason)
+        log_delivery(f"ignored {refused.reason}")
+        return Response(as_json({"status": "ignored", "reason": words}), mimetype=JSON)
     store().count("refused", refused.reason)
     log_delivery(f"refused {status} {refused.reason}, from {caller()}")
-    return reply_with_error(status, tell(refused.reason, refused.detail) + ".")
+    return reply_with_error(status, f"{words}.")
 
 
 def handle_failure(error):

@@ -232,7 +232,7 @@ IGNORED = [
     ("created", {"action": "resolved", "data": {"error": {"event_id": "1"}}}, "'resolved'"),
     ("created", {"action": "created", "data": {"unheard_of": {}}}, "no new error"),
     ("created", {"action": "created", "data": None}, "no new error"),
-    ("created", {"action": "created"}, "resource odd?kind"),
+    ("created", {"action": "created"}, "resource 'odd kind'"),
     ("created,triggered", {"action": "triggered", "data": {"issue": {"id": "1"}, "activity": {}}}, "no new error"),
     ("created", {"action": "e\u0301" * 5000, "data": {}}, "no new error"),
     ("created", {"action": "\ud800\0\n", "data": {}}, "no new error"),
