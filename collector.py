@@ -1035,8 +1035,6 @@ PAGE_CHARACTERS = 600_000  # most text of a page, a character of which JSON make
 RESERVE_BYTES = 64 * 1024 * 1024  # bytes of the disk that deliveries leave free for retention
 SPOOL_LIMIT = 100_000  # deliveries in the spool
 DELETE_ROWS = 20  # most expired errors that are deleted in one transaction
-LEVELS = "fatal", "error", "warning", "info", "debug", "sample"  # levels that Sentry knows
-SECONDS = {"m": 60, "h": 3600, "d": 86400, "w": 604800}  # of the units of a time ago
 # Errors of what the database was given, which make no trouble for what comes next.
 GIVEN_FAULTS = sqlite3.IntegrityError, sqlite3.DataError, sqlite3.ProgrammingError
 RESTORE_CURE = "stop the service and put a backup in its place, without the files -wal and -shm"
@@ -1046,6 +1044,7 @@ CURES = {
     "EBUSY": "wait for it",
     "CORRUPT": RESTORE_CURE,
     "NOTADB": RESTORE_CURE,
+    "INTERRUPT": "narrow what takes too long, by since=24h or other words",
 }
 OTHER_CURE = (
     "see that the collector's user can write the folder and its files, and the disk has room"
@@ -1081,17 +1080,16 @@ def cure_of(error):
 
 def choose_journal_mode(folder):
     """Return WAL for a folder on a local file system, else PERSIST: over a network WAL corrupts."""
-    folder = Path(os.path.realpath(folder))
-    types = {}  # of file systems, by where they are mounted
+    folder = os.path.realpath(folder)
+    found = ("", "")  # the longest mount point above the folder, and its type
     with suppress(OSError):
         for line in Path("/proc/mounts").read_bytes().splitlines():
-            _, mount, type_name, *_ = line.split(b" ")
+            _, mount, kind, *_ = line.split(b" ")
             mount = mount.decode("unicode_escape").encode("latin-1")  # a blank is \040 there
-            types[os.fsdecode(mount)] = type_name.decode()
-    for path in (folder, *folder.parents):
-        if str(path) in types:
-            return "WAL" if types[str(path)] in LOCAL_FILE_SYSTEMS else "PERSIST"
-    return "PERSIST"
+            mount = os.fsdecode(mount)
+            if len(mount) >= len(found[0]) and Path(folder).is_relative_to(mount):
+                found = (mount, kind.decode())
+    return "WAL" if found[1] in LOCAL_FILE_SYSTEMS else "PERSIST"
 
 
 class Database:
@@ -1329,65 +1327,24 @@ def add_outcomes(database, counts, seconds):
         connection.executemany(sql, [(*key, *value) for key, value in counts.items()])
 
 
-def read_levels(value):
-    """Return levels, comma-separated. Raises ValueError on an unknown one."""
-    levels = re.split(r"\s*,\s*", value)
-    if not set(levels) <= set(LEVELS):
-        raise ValueError(f"is not a level; use {', '.join(LEVELS)}, comma-separated")
-    return ",".join(levels)
-
-
-def read_time(value):
-    """Return a time, given in any of its forms, as text that compares. Raises ValueError."""
-    # A plus that is not encoded comes as a blank.
-    given = re.sub(r"(:[0-9.]+) ([0-9:]+)$", r"\1+\2", value.upper())
-    ago = re.fullmatch(r"([0-9]{1,6})([mhdw])", value)
-    if ago:
-        given = max(time.time() - int(ago[1]) * SECONDS[ago[2]], 0)
-    elif re.fullmatch(r"[0-9]{9,11}(\.[0-9]{1,9})?", value):
-        given = float(value)
-    when = parse_time(given)
-    if when is None:
-        forms = "ISO 8601, as 2026-01-31T12:00:00Z, Unix seconds, or 15m, 24h, 7d, 2w"
-        raise ValueError(f"is not a time; use {forms}")
-    return in_microseconds(when)
-
-
-def read_words(value):
-    """Return patterns of LIKE for the words of a search, or the event id (text) that it is."""
-    event_id = value.replace("-", "").lower()
-    if re.fullmatch(r"[0-9a-f]{32}", event_id):
-        return event_id
-    words = re.sub("([%_^])", r"^\1", value).split()
-    if len(words) > 10 or len(value) > 100:
-        raise ValueError("is too long; use at most 10 words and 100 characters")
-    return [f"%{word}%" for word in words]
-
-
-# Filters of the query by name: the parser of its text, and the SQL condition. Of a list of values
-# each has to match. A plus keeps SQLite from an index that does not give the rows by id.
+# SQL conditions of the query's filters by name. Of a list of values each has to match. A plus keeps
+# SQLite from an index that does not give the rows by id.
 FILTERS = {
-    "q": (
-        read_words,
-        """(title LIKE :q ESCAPE '^' OR message LIKE :q ESCAPE '^' OR culprit LIKE :q ESCAPE '^'
-            OR exception_type LIKE :q ESCAPE '^' OR exception_value LIKE :q ESCAPE '^')""",
-    ),
-    "project": (str, "(project_slug = :project OR project_id = :project)"),
-    "level": (read_levels, "instr(',' || :level || ',', ',' || level || ',') > 0"),
-    "environment": (str, "environment = :environment"),
-    "platform": (str, "platform = :platform"),
-    "release": (str, "release = :release"),
-    "category": (str, "category = :category"),
-    "server": (str, "server IS :server"),
-    "issue": (str, "issue_id = :issue"),
-    "event": (
-        str,
-        """event_id = :event AND errors.id IN (
-            SELECT id FROM errors WHERE identity BETWEEN :event || ' ' AND :event || '!'
-            UNION ALL SELECT id FROM errors WHERE identity BETWEEN 'double ' AND 'double!')""",
-    ),
-    "since": (read_time, "+received_at >= :since"),
-    "until": (read_time, "+received_at <= :until"),
+    "q": """(title LIKE :q ESCAPE '^' OR message LIKE :q ESCAPE '^' OR culprit LIKE :q ESCAPE '^'
+        OR exception_type LIKE :q ESCAPE '^' OR exception_value LIKE :q ESCAPE '^')""",
+    "project": "(project_slug = :project OR project_id = :project)",
+    "level": "instr(',' || :level || ',', ',' || level || ',') > 0",
+    "environment": "environment = :environment",
+    "platform": "platform = :platform",
+    "release": "release = :release",
+    "category": "category = :category",
+    "server": "server IS :server",
+    "issue": "issue_id = :issue",
+    "event": """event_id = :event AND errors.id IN (
+        SELECT id FROM errors WHERE identity BETWEEN :event || ' ' AND :event || '!'
+        UNION ALL SELECT id FROM errors WHERE identity BETWEEN 'double ' AND 'double!')""",
+    "since": "+received_at >= :since",
+    "until": "+received_at <= :until",
 }
 ISSUE_FILTERS = "q", "project", "level", "category", "server", "issue", "since", "until"
 
@@ -1425,12 +1382,12 @@ def build_condition(filters):
     conditions = ["errors.id BETWEEN :first AND :last"]
     parameters = {}
     for name in FILTERS.keys() & filters.keys():
-        _, sql = FILTERS[name]
+        sql = FILTERS[name]
         values = filters[name]
         if not isinstance(values, list):
             values = [values]
             if name == "q":  # an event id
-                sql = FILTERS["event"][1].replace(":event", ":q")
+                sql = FILTERS["event"].replace(":event", ":q")
         for number, value in enumerate(values):
             conditions.append(sql.replace(f":{name}", f":{name}_{number}"))
             parameters[f"{name}_{number}"] = value
@@ -1456,9 +1413,8 @@ Walk = namedtuple("Walk", "rows last_id is_finished")  # last_id is that of the 
 def walk(select, database, filters, limit, seconds=LIST_SECONDS):
     """Return the Walk over the rows that match, until the page is full, the time is over, or all.
 
-    `filters` are values that FILTERS has parsed by name, other names but `before` and `after` (ids,
-    with it the oldest come first) say nothing. The first block is not ended by the clock, so that a
-    walk always gets on.
+    `filters` are values by the names of FILTERS, and the ids `before`, or `after` which the oldest
+    come first. The first block is not ended by the clock, so that a walk always gets on.
     """
     deadline = time.monotonic() + seconds
     with database.reader() as connection:
@@ -1678,24 +1634,17 @@ class Store:
             steps.append(self.prune)
         self.due = dict.fromkeys(steps, -math.inf)  # monotonic time, by step of maintenance
 
-    def start(self):
-        """Open the database in a worker of gunicorn, whose master has a child upgrade it."""
-        self.database.may_upgrade = False
-        self.open()
-
-    def open(self):
-        """Open the database. Return the error if that fails, which is logged, else None."""
-        try:
-            self.database.connection()
-            return None
-        except (sqlite3.Error, OSError) as error:
-            self.log_failure("cannot use the database, deliveries are spooled", error)
-            return error
-
     def upgrade(self):
         """Bring the database to this code's version, in a child that ends with its parent."""
         parent = os.getppid()
-        while is_busy(self.open()) and os.getppid() == parent:
+        while os.getppid() == parent:
+            try:
+                self.database.connection()
+                break
+            except (sqlite3.Error, OSError) as error:
+                self.log_failure("cannot use the database, deliveries are spooled", error)
+                if not is_busy(error):
+                    break
             time.sleep(1)
         self.database.close()
 
@@ -2181,6 +2130,8 @@ LISTS = {  # what selects and shapes the rows of a list, its filters and its tem
     "errors": (select_errors, summary, error_line, FILTERS, "list.html"),
     "issues": (select_issues, issue, issue_line, ISSUE_FILTERS, "issues.html"),
 }
+LEVELS = "fatal", "error", "warning", "info", "debug", "sample"  # levels that Sentry knows
+SECONDS = {"m": 60, "h": 3600, "d": 86400, "w": 604800}  # of the units of a time ago
 LATEST_SECONDS = 0.7  # longest search for one error
 EXPORT_ROWS = 100  # rows that an export reads at a time
 CHALLENGE = WWWAuthenticate("basic", {"realm": "Sentry Error Collector", "charset": "UTF-8"})
@@ -2189,16 +2140,13 @@ UNSAFE = re.compile(r"[^\w.:/-]", re.ASCII)  # what could end a log line or pass
 REPLY_BYTES = 1024  # bytes of a refusal that Sentry keeps for the integration's owner to read
 STATUSES = {"stored": 201, "duplicate": 200, "queued": 202}  # of the reply, by outcome
 SECRET_CURE = "set SENTRY_CLIENT_SECRET to the Client Secret of the integration that sends"
+SIGN_CURE = "sign, as internal integrations do; for the legacy plugin unset SENTRY_CLIENT_SECRET"
 SENDER_CURE = "point only Sentry's webhooks here"
 # What deliveries are counted under: the status of a refusal, what is wrong, and what to do.
 REASONS = {
     "too large": (413, "The delivery is longer than {} bytes", "raise MAX_BODY_BYTES to take it"),
     "cut short": (400, "The delivery broke off", "look for a proxy that ends requests too early"),
-    "signature missing": (
-        401,
-        "The Sentry-Hook-Signature header is missing",
-        "sign, as internal integrations do; for the legacy plugin unset SENTRY_CLIENT_SECRET",
-    ),
+    "signature missing": (401, "The Sentry-Hook-Signature header is missing", SIGN_CURE),
     "signature wrong": (401, "The Sentry-Hook-Signature is wrong", SECRET_CURE),
     "sent by a web page": (403, "A web page has sent this", "send it by Sentry or by a program"),
     "not UTF-8": (400, "The body is not UTF-8", "send JSON text encoded as UTF-8"),
@@ -2208,11 +2156,7 @@ REASONS = {
     "wrong address": (404, "Nothing takes a POST here", "set the integration's Webhook URL to {}"),
     "disk": (503, "Neither database nor spool takes a delivery: {}", "free space on the disk"),
     "no error": (200, "{} holds no new error", "untick that webhook in Sentry to have fewer"),
-    "action not accepted": (
-        200,
-        "Only SENTRY_ACTIONS={} takes this",
-        "add the action to SENTRY_ACTIONS to take these",
-    ),
+    "action not accepted": (200, "SENTRY_ACTIONS={} would take this", "add it to SENTRY_ACTIONS"),
     "database not writable": (202, "", "see /health; these are in the spool"),
     "fault of the collector": (202, "", "see the log, and report it; these are in the spool"),
 }
@@ -2230,9 +2174,48 @@ def read_number(least, most):
     return parse
 
 
+def read_levels(value):
+    """Return levels, comma-separated. Raises ValueError on an unknown one."""
+    levels = re.split(r"\s*,\s*", value)
+    if not set(levels) <= set(LEVELS):
+        raise ValueError(f"is not a level; use {', '.join(LEVELS)}, comma-separated")
+    return ",".join(levels)
+
+
+def read_time(value):
+    """Return a time, given in any of its forms, as text that compares. Raises ValueError."""
+    # A plus that is not encoded comes as a blank.
+    given = re.sub(r"(:[0-9.]+) ([0-9:]+)$", r"\1+\2", value.upper())
+    ago = re.fullmatch(r"([0-9]{1,6})([mhdw])", value)
+    if ago:
+        given = max(time.time() - int(ago[1]) * SECONDS[ago[2]], 0)
+    elif re.fullmatch(r"[0-9]{9,11}(\.[0-9]{1,9})?", value):
+        given = float(value)
+    when = parse_time(given)
+    if when is None:
+        forms = "ISO 8601, as 2026-01-31T12:00:00Z, Unix seconds, or 15m, 24h, 7d, 2w"
+        raise ValueError(f"is not a time; use {forms}")
+    return in_microseconds(when)
+
+
+def read_words(value):
+    """Return patterns of LIKE for the words of a search, or the event id (text) that it is."""
+    event_id = value.replace("-", "").lower()
+    if re.fullmatch(r"[0-9a-f]{32}", event_id):
+        return event_id
+    words = re.sub("([%_^])", r"^\1", value).split()
+    if len(words) > 10 or len(value) > 100:
+        raise ValueError("is too long; use at most 10 words and 100 characters")
+    return [f"%{word}%" for word in words]
+
+
 LAST_ID = 2**63 - 1  # of SQLite
 read_id = read_number(0, LAST_ID)
-PARAMETERS = {name: parse for name, (parse, _) in FILTERS.items()} | {
+PARAMETERS = {  # parsers of the query's text by name; of other filters the text is the value
+    "q": read_words,
+    "level": read_levels,
+    "since": read_time,
+    "until": read_time,
     "limit": read_number(1, 1000),
     "before": read_id,
     "after": read_id,
@@ -2375,18 +2358,17 @@ def read_body(limit):
 
     Raises Refused if it is longer than `limit` bytes or cut short.
     """
-    length = request.content_length
-    if length is not None and length > limit:
+    length = request.content_length  # None with chunks
+    if (length or 0) > limit:
         raise Refused("too large", limit)
-    wanted = limit + 1 if length is None else length
     try:
-        body = request.environ["wsgi.input"].read(wanted)
+        body = request.environ["wsgi.input"].read(limit + 1 if length is None else length)
     except Exception:  # gunicorn has many, for chunks that are none and for broken connections
         raise Refused("cut short") from None
-    if len(body) < (length or 0):
-        raise Refused("cut short")
     if len(body) > limit:
         raise Refused("too large", limit)
+    if len(body) < (length or 0):
+        raise Refused("cut short")
     return body
 
 
@@ -2707,9 +2689,6 @@ def handle_refusal(refused):
 
 def handle_failure(error):
     """Reply to a read that the database, its disk, the memory or the clock ended."""
-    if kind_of(error) == "INTERRUPT":
-        log.warning("ended a search that took too long, from %s", caller())
-        return reply_with_error(503, "The search takes too long; narrow it, by since=24h or words.")
     store().log_failure("cannot read", error)
     store().database.close()
     return reply_with_error(503, f"The database cannot be read: {error}; {cure_of(error)}.")

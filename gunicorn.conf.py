@@ -53,8 +53,8 @@ def when_ready(server):
 
 
 def post_worker_init(worker):
-    """Open the database in the worker, and close it at its end."""
+    """Have the worker do maintenance, and close the database at its end."""
     store = worker.wsgi.extensions["collector"]
-    store.start()
+    store.database.may_upgrade = False  # the child does it
     worker.maintain = store.maintain
     atexit.register(store.close)
