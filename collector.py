@@ -27,6 +27,7 @@ import shutil
 import sqlite3
 import tempfile
 import time
+import traceback
 import zlib
 from collections import namedtuple
 from concurrent.futures import ThreadPoolExecutor
@@ -1020,9 +1021,7 @@ PAUSE_SECONDS = 2  # time for which a worker leaves a database alone that it cou
 READ_SECONDS = 0.5  # longest time of one read
 LIST_SECONDS = 0.3  # time after which a list replies with what it has
 PERIOD_SECONDS = 0.1  # longest search for the ids of a period
-LOCAL_FILE_SYSTEMS = (
-    "bcachefs btrfs ext2 ext3 ext4 f2fs jfs overlay ramfs reiserfs tmpfs xfs zfs".split()
-)
+LOCAL_FILE_SYSTEMS = "bcachefs btrfs ext2 ext3 ext4 f2fs overlay ramfs tmpfs xfs zfs".split()
 PRAGMAS = (
     "synchronous = FULL",
     "temp_store = MEMORY",  # a read-only root has no folder for temporary files
@@ -1046,9 +1045,7 @@ CURES = {
     "NOTADB": RESTORE_CURE,
     "INTERRUPT": "narrow what takes too long, by since=24h or other words",
 }
-OTHER_CURE = (
-    "see that the collector's user can write the folder and its files, and the disk has room"
-)
+OTHER_CURE = "let the collector's user write the folder and its files, and free space on the disk"
 
 
 def in_microseconds(when):
@@ -1629,9 +1626,7 @@ class Store:
         self.counts = {}  # (count, time of the last) by (outcome, reason), not written yet
         self.deleted = 0  # expired errors since the last log line about them
         self.failures = {}  # words of the last failure by step of maintenance, logged once
-        steps = [self.write_counts, self.move_spooled]
-        if settings["RETENTION_DAYS"]:
-            steps.append(self.prune)
+        steps = self.write_counts, self.move_spooled, self.prune
         self.due = dict.fromkeys(steps, -math.inf)  # monotonic time, by step of maintenance
 
     def upgrade(self):
@@ -1664,9 +1659,8 @@ class Store:
             raise
         except Exception as error:
             self.log_failure("cannot store a delivery, spooling it", error)
-            reason = "fault of the collector"
-            if isinstance(error, sqlite3.Error | OSError):
-                reason = "database not writable"
+            is_of_database = isinstance(error, sqlite3.Error | OSError)
+            reason = "database not writable" if is_of_database else "fault of the collector"
         try:
             self.spool.put(received_at, resource, body)
         except Exception as error:
@@ -1718,9 +1712,9 @@ class Store:
 
     def log_failure(self, what, error):
         """Log and report a failure, with nothing of a delivery's content."""
-        cause = "a fault of the collector's own"
-        if isinstance(error, sqlite3.Error | OSError):
-            cause = error
+        cause = error
+        if not isinstance(error, sqlite3.Error | OSError):  # its words may quote a delivery
+            cause = "".join(traceback.format_tb(error.__traceback__))
         log.error("%s: %s: %s", what, type(error).__name__, cause)
         self.report(error)
 
@@ -1774,7 +1768,7 @@ class Store:
     def prune(self):
         """Delete some errors that RETENTION_DAYS has passed. Return True if there may be more."""
         days = self.settings["RETENTION_DAYS"]
-        deleted = delete_expired(self.database, days)
+        deleted = delete_expired(self.database, days) if days else 0
         self.deleted += deleted
         if self.deleted and not deleted:
             log.info("deleted %d errors that were older than %d days", self.deleted, days)
@@ -2512,18 +2506,12 @@ def show_list(kind, form, query):
     if form == "json":
         return respond(as_json(items), form, following)
     page = {
-        "newer": None,
-        "older": following and link(following),
+        "newest": link(this_page(before=None, after=None)),
+        "following": following and link(following),
         "is_part": not walk.is_finished and len(items) < limit,
         "query": request.args.to_dict(),
         "fields": list(fields),
     }
-    if "after" in query:
-        items.reverse()
-        page["newer"] = link(following)
-        page["older"] = items and link(this_page(after=None, before=items[-1]["id"]))
-    elif "before" in query and kind == "errors" and items:
-        page["newer"] = link(this_page(before=None, after=items[0]["id"]))
     return respond(render_template(template, **{kind: items}, **page), form, following)
 
 
@@ -2696,9 +2684,7 @@ def handle_failure(error):
 
 def handle_fault(error):
     """Reply to a fault of the collector's own."""
-    path = UNSAFE.sub("?", request.path)[:100]
-    log.error("fault in %s %s", request.method, path, exc_info=error)
-    store().report(error)
+    store().log_failure(f"fault in {request.endpoint}", error)
     return reply_with_error(500, "A fault of the collector's own; its log says more.")
 
 

@@ -439,8 +439,9 @@ def test_the_pages_of_a_list_keep_the_filters_which_stand_in_the_form(kitchen):
         page = page_of(kitchen, older[0])
         assert 'name="level" value="error"' in page
     assert seen == [number for number in range(60, 0, -1) if number % 20]
-    newer = page_of(kitchen, links(page, "newer")[0])
-    assert 'name="q" value="spoon"' in newer and links(newer, "older")
+    newest = page_of(kitchen, links(page, "newest")[0])
+    assert 'name="q" value="spoon"' in newest and links(newest, "older")
+    assert not links(newest, "newest") and links(page_of(kitchen, "/errors?after=5"), "newer")
     assert re.search(r"q=spoon.*&format=json$", links(page, "^json$")[0])
     assert "Nothing matches." in page_of(kitchen, "/errors?q=nothing")
 

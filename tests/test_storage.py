@@ -394,6 +394,17 @@ def test_a_row_that_the_database_refuses_holds_up_nobody(app, tmp_path, path, lo
     assert len([line for line in log() if "cannot store a spooled delivery" in line]) == 1
 
 
+def test_a_fault_of_its_own_is_logged_without_a_word_of_a_delivery(app, path, log):
+    client = app()
+    client.deliver(event_payload(1))
+    write(path, "UPDATE bodies SET payload_bytes = 9, payload = CAST('\"hunter2\"' AS BLOB)")
+    reply = client.get("/errors/1")
+    assert (reply.status_code, list(reply.json)) == (500, ["error"])
+    words = "\n".join(log())
+    assert "fault in web.show_error: AttributeError" in words and "in find_error" in words
+    assert "hunter2" not in words
+
+
 def test_a_delivery_for_which_the_memory_is_short_is_spooled(server):
     it = server(WEB_CONCURRENCY="1")
     wait_for(lambda: len(it.workers()) == 1)  # the child for the upgrade has ended
