@@ -1077,14 +1077,13 @@ def cure_of(error):
 
 def choose_journal_mode(folder):
     """Return WAL for a folder on a local file system, else PERSIST: over a network WAL corrupts."""
-    folder = os.path.realpath(folder)
     found = ("", "")  # the longest mount point above the folder, and its type
     with suppress(OSError):
         for line in Path("/proc/mounts").read_bytes().splitlines():
             _, mount, kind, *_ = line.split(b" ")
-            mount = mount.decode("unicode_escape").encode("latin-1")  # a blank is \040 there
-            mount = os.fsdecode(mount)
-            if len(mount) >= len(found[0]) and Path(folder).is_relative_to(mount):
+            # A blank is \040 there.
+            mount = os.fsdecode(mount.decode("unicode_escape").encode("latin-1"))
+            if len(mount) >= len(found[0]) and folder.is_relative_to(mount):
                 found = (mount, kind.decode())
     return "WAL" if found[1] in LOCAL_FILE_SYSTEMS else "PERSIST"
 
@@ -1590,15 +1589,17 @@ def copy_database(path, file):
     if file.exists():
         raise ValueError(f"{file} is there already; name a new file")
     # To read a database at rest in WAL mode, SQLite would make files of this user's beside it.
-    is_at_rest = choose_journal_mode(path.parent) == "WAL" and not Path(f"{path}-wal").exists()
-    mode = "immutable=1" if is_at_rest else "mode=ro"
+    wal = Path(f"{path}-wal")
+    is_at_rest = choose_journal_mode(path.parent) == "WAL" and not wal.exists()
+    uri = f"{path.absolute().as_uri()}?{'immutable=1' if is_at_rest else 'mode=ro'}"
     part = file.with_name(f"{file.name}.part")
     part.unlink(missing_ok=True)
-    uri = f"{path.absolute().as_uri()}?{mode}"
     try:
         with closing(sqlite3.connect(uri, uri=True, isolation_level=None)) as connection:
             read_version(connection)
             connection.execute("VACUUM INTO ?", (str(part),))
+        if is_at_rest and wal.exists():
+            raise ValueError("the service has started meanwhile; try again")
         sync(part)
         part.rename(file)
         sync(file.absolute().parent)
@@ -2148,7 +2149,7 @@ REASONS = {
     "no object": (400, "The JSON is not an object", SENDER_CURE),
     "no delivery": (400, "The JSON has neither an 'action' nor a legacy 'event'", SENDER_CURE),
     "wrong address": (404, "Nothing takes a POST here", "set the integration's Webhook URL to {}"),
-    "disk": (503, "Neither database nor spool takes a delivery: {}", "free space on the disk"),
+    "disk": (503, "Neither database nor spool takes a delivery: {}", OTHER_CURE),
     "no error": (200, "{} holds no new error", "untick that webhook in Sentry to have fewer"),
     "action not accepted": (200, "SENTRY_ACTIONS={} would take this", "add it to SENTRY_ACTIONS"),
     "database not writable": (202, "", "see /health; these are in the spool"),

@@ -751,13 +751,20 @@ def test_health_commits_a_row_and_uses_no_id(client, database):
 # --------------------------------------------------------------------------------------------------
 
 
-def back_up(path, file, cwd):
-    """Run the backup command for a database in a process of its own; return status and output."""
+def start_backup(path, file, cwd):
+    """Start the backup command for a database, and return its process."""
     env = {name: value for name, value in os.environ.items() if name not in SETTINGS}
     env["DATABASE_URL"] = f"sqlite:///{path}"
     command = [sys.executable, "-m", "flask", "--app", ROOT / "collector", "backup", file]
-    done = subprocess.run(command, cwd=cwd, env=env, capture_output=True, text=True, check=False)
-    return done.returncode, done.stdout + done.stderr
+    output = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
+    return subprocess.Popen(command, cwd=cwd, env=env, **output)
+
+
+def back_up(path, file, cwd):
+    """Run the backup command for a database in a process of its own; return status and output."""
+    process = start_backup(path, file, cwd)
+    output, _ = process.communicate()
+    return process.returncode, output
 
 
 def test_a_backup_is_one_whole_file_made_while_the_service_stores(server, tmp_path, app):
@@ -797,6 +804,22 @@ def test_a_backup_of_a_service_at_rest_leaves_nothing_beside_the_database(app, p
     assert back_up(path, tmp_path / "copy.db", tmp_path)[0] == 0
     assert sorted(file.name for file in path.parent.iterdir()) == before
     assert select(tmp_path / "copy.db", "SELECT count(*) FROM errors") == [(1,)]
+
+
+def test_a_backup_during_which_the_service_starts_is_refused(app, path, tmp_path):
+    store = core(app())
+    store.health()
+    store.close()
+    write(path, "CREATE TABLE ballast AS SELECT zeroblob(64000000)")
+    part = tmp_path / "copy.db.part"
+    process = start_backup(path, tmp_path / "copy.db", tmp_path)
+    while not part.exists():
+        assert process.poll() is None
+    process.send_signal(signal.SIGSTOP)
+    Path(f"{path}-wal").touch()
+    process.send_signal(signal.SIGCONT)
+    assert "has started meanwhile" in process.communicate()[0]
+    assert (process.returncode, part.exists()) == (1, False)
 
 
 def test_a_backup_that_cannot_be_made_says_why_and_harms_nothing(app, path, tmp_path):
