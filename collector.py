@@ -2452,13 +2452,6 @@ def whole_link(path):
     return f"{scheme}://{host}{link(path)}"
 
 
-def this_page(**changes):
-    """Return the path of this page with changed parameters, None taking one out."""
-    parameters = request.args.to_dict() | changes
-    query = urlencode({name: value for name, value in parameters.items() if value is not None})
-    return f"{request.path.rstrip('/')}?{query}"
-
-
 def read_query(names, *forms):
     """Return the form to reply in, and the values of the query's parameters that are not empty.
 
@@ -2507,7 +2500,6 @@ def show_list(kind, form, query):
     if form == "json":
         return respond(as_json(items), form, following)
     page = {
-        "newest": link(this_page(before=None, after=None)),
         "following": following and link(following),
         "is_part": not walk.is_finished and len(items) < limit,
         "query": request.args.to_dict(),
@@ -2518,11 +2510,11 @@ def show_list(kind, form, query):
 
 def next_page(walk, query):
     """Return the path where a list goes on, None at its end."""
-    if "after" in query:  # a poller goes on for ever
-        return this_page(after=walk.last_id)
-    if walk.is_finished:
+    is_poller = "after" in query  # who goes on for ever
+    if walk.is_finished and not is_poller:
         return None
-    return this_page(before=walk.last_id)
+    place = {"after" if is_poller else "before": walk.last_id}
+    return f"{request.path.rstrip('/')}?{urlencode(request.args.to_dict() | place)}"
 
 
 def respond(content, form, following=None):
@@ -2792,10 +2784,7 @@ def check_folder(path):
         if path.is_dir():
             raise IsADirectoryError(f"{path} is a folder")
     except OSError as error:
-        whose = f"this is uid {os.getuid()}"
-        if folder.exists():
-            whose = f"it is owned by uid {folder.stat().st_uid}, {whose}"
-        fault = f"cannot write in {folder}, {whose} ({error.strerror or error})"
+        fault = f"cannot write in {folder} as uid {os.getuid()} ({error.strerror or error})"
         fail("DATABASE_URL", f"{fault}; chown it, or name another", DATABASE_URL)
 
 
