@@ -1516,11 +1516,10 @@ def database_bytes(connection, pages="page_count"):
 
 
 def check_room(folder, wanted, database=None):
-    """Raise OSError unless a folder, made if missing, has room beyond the reserve for retention.
+    """Raise OSError unless a folder has room beyond the reserve for retention.
 
     The free pages of the database, if it is given, count, too.
     """
-    folder.mkdir(parents=True, exist_ok=True)
     disk = shutil.disk_usage(folder)
     room = disk.free - min(RESERVE_BYTES, disk.total // 10)
     if database and room < wanted:
@@ -1561,7 +1560,8 @@ class Spool:
             raise
 
     def check_room(self, size):
-        """Raise OSError unless the spool takes a delivery of `size` bytes."""
+        """Raise OSError unless the spool, made if missing, takes a delivery of `size` bytes."""
+        self.folder.mkdir(parents=True, exist_ok=True)
         check_room(self.folder, size)
         if len(os.listdir(self.folder)) >= SPOOL_LIMIT:
             raise OSError(errno.ENOSPC, f"the spool is full, it holds {SPOOL_LIMIT} deliveries")
