@@ -83,6 +83,24 @@ def event_payload(event_id="0" * 32, **event):
     return {"action": "created", "data": {"error": event}, "installation": {"uuid": "a"}}
 
 
+def issue_event(number, issue, host="tea.sentry.io", **event):
+    """Return a small delivery of an issue on a host, whose event id is the number."""
+    url = f"https://{host}/organizations/tea/issues/{issue}/events/{number}/"
+    return event_payload(number, **{"issue_id": str(issue), "web_url": url} | event)
+
+
+def spooled(folder):
+    """Return the files that wait in the spool, in their order."""
+    return sorted((folder / "data" / "spool").glob("*.delivery"))
+
+
+def put(folder, name, body, head=("2026-06-01T08:30:00.000000Z", "error")):
+    """Put a file into the spool as a version of the collector did."""
+    spool = folder / "data" / "spool"
+    spool.mkdir(parents=True, exist_ok=True)
+    (spool / f"{name}.delivery").write_bytes(json.dumps(head).encode() + b"\n" + body)
+
+
 class Client(FlaskClient):
     """A test client that posts as Sentry does, and lets the app finish each reply as a server does."""
 
@@ -159,9 +177,22 @@ def select(path, sql, *values):
 
 
 @pytest.fixture
-def database(tmp_path):
+def path(tmp_path):
+    """Return the path of the database of `app`."""
+    return tmp_path / "data" / "errors.db"
+
+
+@pytest.fixture
+def database(path):
     """Return a function that returns the rows of a query on the database of `app`."""
-    return lambda sql, *values: select(tmp_path / "data" / "errors.db", sql, *values)
+    return lambda sql, *values: select(path, sql, *values)
+
+
+def write(path, sql, *values):
+    """Run a statement on a database and commit it."""
+    with contextlib.closing(sqlite3.connect(path)) as connection:
+        connection.execute(sql, values)
+        connection.commit()
 
 
 @contextlib.contextmanager

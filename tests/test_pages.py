@@ -11,7 +11,7 @@ import time
 from collections import deque
 
 import pytest
-from conftest import core, counts, event_payload, load, make_client, serving
+from conftest import core, counts, event_payload, issue_event, load, make_client, serving
 
 # Deliveries
 
@@ -25,12 +25,6 @@ def frame(file, function, line, in_app=True, source=None, **more):
 def raised(type_, value, *frames, **more):
     """Return an exception."""
     return {"type": type_, "value": value, "stacktrace": {"frames": list(frames)}} | more
-
-
-def issue_event(number, issue, **event):
-    """Return an error.created delivery of an issue."""
-    address = f"https://tea.sentry.io/issues/{issue}/events/{number}/"
-    return event_payload(number, **{"issue_id": str(issue), "web_url": address} | event)
 
 
 PRICING = frame(
@@ -452,7 +446,9 @@ def test_issues_lead_to_their_errors_and_an_error_to_its_issue_and_forms(kitchen
     assert links(page, " ×$") == issues
     page = page_of(kitchen, "/errors/61")
     assert links(page, "1\\s+time") == ["/errors?issue=61&server=sentry.io"]
-    assert links(page, "Open in Sentry") == ["https://tea.sentry.io/issues/61/events/61/"]
+    assert links(page, "Open in Sentry") == [
+        "https://tea.sentry.io/organizations/tea/issues/61/events/61/"
+    ]
     for type_, form in (("text/plain", "text"), ("application/json", "json")):
         assert f'<link rel="alternate" type="{type_}"' in page
         (address,) = set(links(page, {"text": "^Text", "json": "^JSON"}[form]))
@@ -547,7 +543,7 @@ def test_the_text_names_the_line_to_change_and_the_value_that_explains_it(client
     assert head.splitlines() == [
         "error: 1", "title: CheckoutError: order 88 failed", "level: error", "culprit: shop.checkout in place",
         "environment: production", "release: shop@3", "issue: 501", f"event: {1:032x}", f"happened: {at}",
-        f"received: {at}", "permalink: https://tea.sentry.io/issues/501/events/1/", "url: http://localhost/errors/1",
+        f"received: {at}", "permalink: https://tea.sentry.io/organizations/tea/issues/501/events/1/", "url: http://localhost/errors/1",
     ]  # fmt: skip
     body, _, crumbs = rest.partition("\n\nbreadcrumbs (newest last):\n")
     assert body == ORDER_TEXT.strip("\n")

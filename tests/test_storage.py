@@ -1,7 +1,6 @@
 """The database, its upgrades and its spool: real files, locks, damage and kills."""
 
 import http.client
-import json
 import os
 import resource
 import shutil
@@ -11,7 +10,6 @@ import subprocess
 import sys
 import threading
 import time
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing, contextmanager
 from pathlib import Path
 
@@ -26,50 +24,22 @@ from conftest import (
     load,
     locked,
     maintain,
+    put,
     select,
     serving,
+    spooled,
     wait_for,
     wire,
+    write,
 )
 
 DAY = 24 * 3600
-
-
-def issue_payload(issue_id="7", action="created", **issue):
-    """Return a small issue delivery."""
-    issue = {"id": issue_id, "title": "ValueError: no", **issue}
-    return {"action": action, "data": {"issue": issue}}
-
-
-def write(path, sql, *values):
-    """Run a statement on a database and commit it."""
-    with closing(sqlite3.connect(path)) as connection:
-        connection.execute(sql, values)
-        connection.commit()
-
-
-def spooled(folder):
-    """Return the files that wait in the spool, in their order."""
-    return sorted((folder / "data" / "spool").glob("*.delivery"))
-
-
-def put(folder, name, body, head=("2026-06-01T08:30:00.000000Z", "error")):
-    """Put a file into the spool as a version of the collector did."""
-    spool = folder / "data" / "spool"
-    spool.mkdir(parents=True, exist_ok=True)
-    (spool / f"{name}.delivery").write_bytes(json.dumps(head).encode() + b"\n" + body)
 
 
 def age(path, days, condition="TRUE"):
     """Have errors been received so many days ago."""
     at = time.strftime("%Y-%m-%dT%H:%M:%S.000000Z", time.gmtime(time.time() - days * DAY))
     write(path, f"UPDATE errors SET received_at = ? WHERE {condition}", at)
-
-
-@pytest.fixture
-def path(tmp_path):
-    """Return the path of the database of `app`."""
-    return tmp_path / "data" / "errors.db"
 
 
 # --------------------------------------------------------------------------------------------------
@@ -125,94 +95,6 @@ def test_the_journal_is_the_one_chosen_and_stays_short(client, path):
     assert select(path, "PRAGMA journal_mode") == [(mode.lower(),)]
     if mode == "WAL":
         assert Path(f"{path}-wal").stat().st_size <= 17 * 1024**2
-
-
-# --------------------------------------------------------------------------------------------------
-# What is one error
-# --------------------------------------------------------------------------------------------------
-
-EVENT = event_payload(1, project=1)
-ON_SENTRY = "https://acme.sentry.io/organizations/acme/issues/7/"
-ON_OTHER = "https://errors.example.org/organizations/acme/issues/7/"
-ALERT = {"action": "triggered", "data": {"event": {"event_id": f"{1:032x}", "project": 1}}}
-REGRESSION = issue_payload(action="unresolved")
-PAIRS = {
-    "the same body": (EVENT, EVENT, "duplicate"),
-    "an event and its alert": (EVENT, ALERT, "duplicate"),
-    "the event with another title": (EVENT, event_payload(1, project=1, title="x"), "duplicate"),
-    "another event": (EVENT, event_payload(2, project=1), "stored"),
-    "of another project": (EVENT, event_payload(1, project=2), "stored"),
-    "of another server": (
-        event_payload(1, project=1, web_url=ON_SENTRY),
-        event_payload(1, project=1, web_url=ON_OTHER),
-        "stored",
-    ),
-    "an issue after its event": (event_payload(1, issue_id="7"), issue_payload(), "duplicate"),
-    "an event after its issue": (issue_payload(), event_payload(1, issue_id="7"), "stored"),
-    "an issue twice": (issue_payload(), issue_payload(title="other"), "duplicate"),
-    "another issue": (issue_payload(), issue_payload("8"), "stored"),
-    "an issue of another server": (
-        issue_payload(permalink=ON_SENTRY),
-        issue_payload(permalink=ON_OTHER),
-        "stored",
-    ),
-    "a regression": (issue_payload(), REGRESSION, "stored"),
-    "a regression twice": (REGRESSION, REGRESSION, "duplicate"),
-    "another regression": (REGRESSION, issue_payload(action="unresolved", count="9"), "stored"),
-    "an issue after its regression": (REGRESSION, issue_payload(), "duplicate"),
-    "no ids, the same body": (
-        {"event": {"title": "a"}, "message": "a"},
-        {"event": {"title": "a"}, "message": "a"},
-        "duplicate",
-    ),
-    "no ids, another body": (
-        {"event": {"title": "a"}, "message": "a"},
-        {"event": {"title": "b"}, "message": "b"},
-        "stored",
-    ),
-}
-
-
-@pytest.mark.parametrize("name", PAIRS)
-def test_which_deliveries_are_one_error(app, tmp_path, path, name):
-    first, second, outcome = PAIRS[name]
-    client = app(SENTRY_ACTIONS="created,triggered,unresolved")
-    assert client.deliver(first).json["id"] == 1
-    reply = client.deliver(second).json
-    assert (reply["status"], reply["id"]) == (outcome, 1 if outcome == "duplicate" else 2)
-    # The spool is the same way in.
-    put(tmp_path, "1", wire(first))
-    put(tmp_path, "2", wire(second))
-    maintain(app())
-    assert spooled(tmp_path) == []
-    assert select(path, "SELECT count(*) FROM errors") == [(reply["id"],)]
-
-
-def test_a_row_learns_its_short_id_and_nothing_else(client, database):
-    client.deliver(event_payload(1, issue_id="7"))
-    before = database("SELECT * FROM errors")[0]
-    more = {"shortId": "SHOP-1", "project": {"id": "5", "slug": "shop"}, "culprit": "elsewhere"}
-    assert client.deliver(issue_payload(**more)).json == {
-        "status": "duplicate",
-        "id": 1,
-        "url": "/errors/1",
-    }
-    client.deliver(issue_payload(shortId="SHOP-2"))
-    after = database("SELECT * FROM errors")[0]
-    assert set(after) - set(before) == {"SHOP-1"}
-    assert client.errors("issue=SHOP-1") == [1]
-    assert [issue["short_id"] for issue in client.get("/issues").json] == ["SHOP-1"]
-
-
-def test_processes_that_store_the_same_error_store_it_once(server):
-    it = server(WEB_CONCURRENCY="3")
-    with ThreadPoolExecutor(12) as pool:
-        replies = list(pool.map(it.deliver, [event_payload(n % 10) for n in range(120)]))
-    assert {status for status, _ in replies} == {200, 201}
-    assert len([status for status, _ in replies if status == 201]) == 10
-    assert select(it.database, "SELECT count(*), count(DISTINCT identity) FROM errors") == [
-        (10, 10)
-    ]
 
 
 # --------------------------------------------------------------------------------------------------

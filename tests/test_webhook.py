@@ -6,7 +6,20 @@ import re
 import socket
 
 import pytest
-from conftest import PAYLOADS, SECRET, counts, event_payload, load, serving, sign, wait_for, wire
+from conftest import (
+    PAYLOADS,
+    SECRET,
+    counts,
+    event_payload,
+    load,
+    maintain,
+    put,
+    serving,
+    sign,
+    spooled,
+    wait_for,
+    wire,
+)
 
 ERRORS = (
     "issue.created error.created.python error.created.java error.created.native documented.created "
@@ -34,12 +47,12 @@ def check_readable(client, id_, body):
 # What is stored
 
 
-@pytest.mark.parametrize("path", ["/sentry/webhook", "/sentry/webhook/"])
-def test_a_new_error_is_stored_and_known_when_it_comes_again(client, database, path):
-    first = client.post(path, data=BODY)
+@pytest.mark.parametrize("address", ["/sentry/webhook", "/sentry/webhook/"])
+def test_a_new_error_is_stored_and_known_when_it_comes_again(client, database, address):
+    first = client.post(address, data=BODY)
     assert (first.status_code, first.headers["Location"]) == (201, "/errors/1")
     assert first.json == {"status": "stored", "id": 1, "url": "/errors/1"}
-    again = client.post(path, data=wire(event_payload(title="another")))
+    again = client.post(address, data=wire(event_payload(title="another")))
     assert again.status_code == 200
     assert again.json == {"status": "duplicate", "id": 1, "url": "/errors/1"}
     assert "Location" not in again.headers
@@ -182,6 +195,7 @@ SAME = {
     "an issue after a later error": [sentry(1, issue=5), sentry(2, issue=6), issue(5)],
     "an issue that comes again": [issue(5), issue(5, title="other")],
     "a regression, byte for byte": [issue(5, "unresolved"), issue(5, "unresolved")],
+    "an issue after its regression": [issue(5, "unresolved"), issue(5)],
     "no ids, byte for byte": [{"event": {"title": "t"}}, {"event": {"title": "t"}}],
 }
 NEW = {
@@ -192,6 +206,7 @@ NEW = {
     "an error after its issue": [issue(5), sentry(1, issue=5)],
     "the issue of another server": [sentry(1, issue=5), issue(5, host="sentry.example")],
     "another issue": [issue(5), issue(6)],
+    "an issue without errors of another server": [issue(5), issue(5, host="sentry.example")],
     "a regression after an error of its issue": [sentry(1, issue=5), issue(5, "unresolved")],
     "a regression after its issue": [issue(5), issue(5, "unresolved")],
     "a later regression": [issue(5, "unresolved"), issue(5, "unresolved", title="other")],
@@ -200,7 +215,7 @@ NEW = {
 
 
 @pytest.mark.parametrize("name", [*SAME, *NEW])
-def test_what_is_the_same_error_makes_one_row(app, database, name):
+def test_what_is_the_same_error_makes_one_row(app, database, tmp_path, name):
     client = app(SENTRY_ACTIONS="created,triggered,unresolved")
     *before, last = (SAME | NEW)[name]
     for payload in before:
@@ -208,6 +223,10 @@ def test_what_is_the_same_error_makes_one_row(app, database, name):
     status = "duplicate" if name in SAME else "stored"
     assert client.deliver(last).json["status"] == status
     rows = len(before) + (name in NEW)
+    for number, payload in enumerate([*before, last]):  # the spool is the same way in
+        put(tmp_path, number, wire(payload))
+    maintain(app())
+    assert spooled(tmp_path) == []
     for table in ("errors", "bodies"):
         assert database(f"SELECT count(*) FROM {table}") == [(rows,)]
 
@@ -221,6 +240,7 @@ def test_a_row_learns_its_short_id_and_nothing_else(client):
     assert after == before | {"short_id": "SHOP-5"}
     client.deliver(issue(5, shortId="OTHER-1"))
     assert client.get("/errors/1").json == after
+    assert client.errors("issue=SHOP-5") == [1] and client.errors("issue=OTHER-1") == []
 
 
 # What is ignored
