@@ -258,7 +258,7 @@ class Bench:
     def start(self, name, code="", *arguments, **env):
         """Return a new server, a collector or else what `code` has, settings and app."""
         server = Server(self.folder / name, SENTRY_CLIENT_SECRET=SECRET, **env)
-        self.stack.callback(server.kill)
+        self.stack.callback(server.end)
         if not code:
             return server.start()
         (server.folder / f"{name}.py").write_text(code)

@@ -241,9 +241,11 @@ class Server:
     """A real gunicorn with the settings of the README, in a process group and a folder of its own."""
 
     def __init__(self, folder, **env):
-        with socket.socket() as probe:
-            probe.bind(("127.0.0.1", 0))
-            self.port = probe.getsockname()[1]
+        # Bound, but not listening: while the server is down nobody else is given its port.
+        self.place = socket.socket()
+        self.place.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        self.place.bind(("127.0.0.1", 0))
+        self.port = self.place.getsockname()[1]
         self.folder = Path(folder)
         self.folder.mkdir(parents=True, exist_ok=True)
         self.log = self.folder / "server.log"
@@ -304,6 +306,11 @@ class Server:
                 os.killpg(self.process.pid, signal.SIGKILL)
             self.process.wait()
 
+    def end(self):
+        """Kill the server, and give its port back."""
+        self.kill()
+        self.place.close()
+
 
 @contextlib.contextmanager
 def serving(folder, **env):
@@ -312,7 +319,7 @@ def serving(folder, **env):
     try:
         yield server.start()
     finally:
-        server.kill()
+        server.end()
 
 
 @pytest.fixture
@@ -322,7 +329,7 @@ def server(tmp_path):
 
         def make(*arguments, folder=tmp_path / "server", wait=True, **env):
             server = Server(folder, **env)
-            stack.callback(server.kill)
+            stack.callback(server.end)
             return server.start(*arguments, wait=wait)
 
         yield make

@@ -88,7 +88,7 @@ def checkout(tmp_path):
             pytest.skip(f"needs {program}")
     found = Checkout(tmp_path / "checkout")
     yield found
-    found.kill()
+    found.end()
 
 
 def test_the_readme_is_short_and_begins_with_what_is_needed_first():
@@ -139,6 +139,10 @@ def test_every_other_command_runs_as_it_stands_and_a_backup_is_restored(checkout
     checkout.run(restore)
     checkout.start()
     assert [error["id"] for error in checkout.get("/errors")] == [1]
+    assert checkout.deliver(event_payload(3)) == (
+        201,
+        {"status": "stored", "id": 2, "url": "/errors/2"},
+    )
     assert (checkout.folder / "data/aside/errors.db").exists()
 
 

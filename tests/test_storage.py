@@ -1,14 +1,11 @@
 """The database, its upgrades and its spool: real files, locks, damage and kills."""
 
-import http.client
 import os
 import resource
 import shutil
-import signal
 import sqlite3
 import subprocess
 import sys
-import threading
 import time
 from contextlib import closing, contextmanager
 from pathlib import Path
@@ -339,19 +336,6 @@ def test_a_file_that_holds_no_error_is_renamed_and_one_that_cannot_be_read_waits
     assert len([line for line in log() if "IsADirectoryError" in line]) == 2
 
 
-def test_workers_that_move_the_spool_at_once_lose_and_double_nothing(server, tmp_path):
-    folder = tmp_path / "server"
-    for number in range(1, 201):
-        put(folder, f"{number:04}", wire(event_payload(number)))
-    it = server(WEB_CONCURRENCY="3")
-    wait_for(lambda: not it.spooled())
-    assert select(it.database, "SELECT count(*), count(DISTINCT event_id) FROM errors") == [
-        (200, 200)
-    ]
-    assert select(it.database, "SELECT count(*) FROM bodies") == [(200,)]
-    assert not list((folder / "data" / "spool").glob("*.rejected"))
-
-
 # --------------------------------------------------------------------------------------------------
 # Upgrades
 # --------------------------------------------------------------------------------------------------
@@ -572,53 +556,6 @@ def test_a_full_volume_takes_errors_again_by_retention_alone(volume):
 # --------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("whom", ["workers", "server"])
-def test_what_is_acknowledged_survives_kill_9_under_load(server, whom):
-    it = server(WEB_CONCURRENCY="2")
-    acknowledged = set()
-    is_over = threading.Event()
-
-    def send(first):
-        number = first
-        while not is_over.is_set():
-            number += 10
-            try:
-                status, _ = it.deliver(event_payload(number))
-            except (OSError, ValueError, http.client.HTTPException):
-                continue
-            if status in (200, 201, 202):
-                acknowledged.add(f"{number:032x}")
-
-    senders = [threading.Thread(target=send, args=(first,)) for first in range(1, 5)]
-    for sender in senders:
-        sender.start()
-    for round_ in range(1, 4):
-        wait_for(lambda least=150 * round_: len(acknowledged) > least)
-        if whom == "server":
-            it.kill()
-            it.start()
-        else:
-            for pid in it.workers():
-                os.kill(pid, signal.SIGKILL)
-    is_over.set()
-    for sender in senders:
-        sender.join()
-    wait_for(lambda: it.is_up() and not it.spooled())
-    stored = {event_id for (event_id,) in select(it.database, "SELECT event_id FROM errors")}
-    assert acknowledged <= stored
-    assert select(it.database, "PRAGMA integrity_check") == [("ok",)]
-
-
-def test_counts_are_written_at_the_end(server):
-    it = server(WEB_CONCURRENCY="2")
-    for number in range(1, 21):
-        it.deliver(event_payload(number))
-    assert it.stop() == 0
-    assert select(it.database, "SELECT outcome, reason, count FROM outcomes") == [
-        ("stored", "", 20)
-    ]
-
-
 def test_health_commits_a_row_and_uses_no_id(client, database):
     assert client.get("/health").json == {"status": "ok"}
     first = database("SELECT checked_at FROM health")
@@ -647,34 +584,6 @@ def back_up(path, file, cwd):
     process = start_backup(path, file, cwd)
     output, _ = process.communicate()
     return process.returncode, output
-
-
-def test_a_backup_is_one_whole_file_made_while_the_service_stores(server, tmp_path, app):
-    it = server(WEB_CONCURRENCY="2")
-    is_over = threading.Event()
-    replies = []
-
-    def send():
-        number = 1000
-        while not is_over.is_set():
-            number += 1
-            replies.append(it.deliver(event_payload(number))[0])
-
-    it.deliver(event_payload(1))
-    sender = threading.Thread(target=send)
-    sender.start()
-    copy = tmp_path / "copy" / "data" / "errors.db"
-    copy.parent.mkdir(parents=True)
-    status, output = back_up(it.database, copy, tmp_path)
-    is_over.set()
-    sender.join()
-    assert status == 0, output
-    assert set(replies) == {201}
-    assert [file.name for file in copy.parent.iterdir()] == ["errors.db"]
-    assert select(copy, "PRAGMA integrity_check") == [("ok",)]
-    with serving(tmp_path / "copy") as restored:
-        newest = restored.get("/errors?limit=1")[0]["id"]
-        assert restored.deliver(event_payload(5))[1]["id"] == newest + 1
 
 
 def test_a_backup_of_a_service_at_rest_leaves_nothing_beside_the_database(app, path, tmp_path):
