@@ -151,21 +151,6 @@ def test_broken_bytes_and_any_json_are_refused_or_can_be_read_back(client, body)
     check_delivery(client, body, 201, 200, 400)
 
 
-@settings(max_examples=EXAMPLES, **HURRIED)
-@given(words=st.lists(TEXT, min_size=8, max_size=8), more=st.integers(1, 40))
-def test_no_words_of_an_error_pass_for_ours(client, words, more):
-    title, message, type_, value, function, file, line, tag = words
-    frame = {"function": function, "filename": file, "context_line": line, "in_app": True}
-    exception = {"type": type_, "value": value, "stacktrace": {"frames": [frame] * more}}
-    crumbs = [{"message": message, "data": {tag: line}, "category": type_}] * more
-    payload = event_payload(
-        title=title, message=message, culprit=function, release=file, environment=tag, web_url=value, level=line,
-        exception=[exception] * 3, tags=[[tag + str(number), value] for number in range(more)],
-        request={"url": value, "method": tag}, breadcrumbs=crumbs,
-    )  # fmt: skip
-    check_delivery(client, wire(payload), 201)
-
-
 QUERY = "q project level environment platform issue since until limit before after format server event".split()
 PATHS = "/errors /errors/latest /errors/1 /errors/1/payload /issues /metrics / /config /health /x".split()
 QUERIES = st.dictionaries(st.sampled_from(QUERY) | TEXT, TEXT | INTEGERS.map(str), max_size=4)

@@ -5,6 +5,7 @@ import json
 import re
 import time
 from datetime import UTC, datetime, timedelta
+from html import unescape
 from itertools import chain
 from urllib.parse import quote, urlsplit
 
@@ -271,6 +272,7 @@ def test_every_failure_has_one_shape_and_says_what_to_do(client):
         page = client.open(place, headers={"Accept": "text/html"}, **call)
         assert (page.status_code, page.mimetype) == (status, "text/html"), path
         assert "\x1b" not in page.text and 'role="alert"' in page.text
+        assert [word for word in words.split("|") if word not in unescape(page.text)] == [], path
     reply = client.post("/x", headers={"Host": "a." * 2000})  # which the reply names
     assert (reply.status_code, list(reply.json)) == (404, ["error"]) and len(reply.data) <= 1024
 
@@ -762,7 +764,8 @@ def text_of(client, payload):
 WORDS = [
     "x\n\nerror: 99\ntitle: evil", "\r\rerror: 99", "\u2028error: 99\u2029error: 99\x0b\x0c\x85error: 99",
     "\x1b[2J\x1b]0;x\x07\x1b[31mred", "left out: nothing; \nurl: evil", "\n\nrequest:\n  x", "\u202eevil\u2066",
-    "h\u00ad\u200b\ufe0f\U000e0001\u115f\u3164\u2800idden\ue000\ufeff",
+    "h\u00ad\u200b\ufe0f\U000e0001\u115f\u3164\u2800idden\ue000\ufeff", "\n\nstacktrace:\n  x", "\u2028title: x\u202e\0",
+    "x" * 9000, "\ud83c", "<script>alert(1)</script>", "{{ 7 * 7 }}", "%s%n{0}", "https://user:password@sentry.io/issues/1/",
 ]  # fmt: skip
 HIDDEN = (
     "[\0-\x09\x0b-\x1f\x7f-\x9f\xad\u034f\u115f\u17b4\u180b\u2028-\u202e\u200b\u2066-\u2069\u2800\u3164"
@@ -772,28 +775,16 @@ HIDDEN = (
 
 def test_no_words_of_an_error_pass_for_ours_or_move_a_cursor(client):
     for number, words in enumerate(WORDS, 1):
-        frame = {
-            "filename": words,
-            "function": words,
-            "lineno": 1,
-            "context_line": words,
-            "vars": {words: words},
-        }
-        exception = {"type": words, "value": words, "stacktrace": {"frames": [frame]}}
-        event = dict.fromkeys(
-            "title message culprit level release environment logger".split(), words
-        )
-        event |= {
-            "tags": [[words, words]],
-            "extra": {words: words},
-            "contexts": {words: {words: words}},
-        }
-        event |= {"user": {words: words}, "request": {"url": words, "method": words, "data": words}}
-        event |= {
-            "exception": {"values": [exception] * 2},
-            "breadcrumbs": [{"message": words, "category": words}],
-        }
-        text = text_of(client, issue_event(number, number, **event))  # fmt: skip
+        both = {words: words}
+        frame = dict.fromkeys(("filename", "function", "context_line"), words)
+        frame |= {"lineno": 1, "in_app": True, "vars": both}
+        exception = {"type": words, "value": words, "stacktrace": {"frames": [frame] * 9}}
+        scalars = "title message culprit level release environment logger".split()
+        event = dict.fromkeys(scalars, words) | {"exception": {"values": [exception] * 3}}
+        event |= {"tags": [[words, words]], "extra": both, "contexts": {words: both}, "user": both}
+        event["request"] = dict.fromkeys(("url", "method", "data"), words)
+        event["breadcrumbs"] = [{"message": words, "category": words}] * 30
+        text = text_of(client, issue_event(number, number, **event))
         listed = client.get("/errors?format=text&limit=1").text
         listed += client.get("/issues?format=text&limit=1").text
         assert re.fullmatch(r"(#\d+ [^\n]*\n(next: [^\n]*\n)?){2}", listed)

@@ -127,38 +127,29 @@ def folder_in_place(path):
     path.rmdir()
 
 
-@contextmanager
-def foreign(path):
-    """Have another program's database in the place."""
-    write(path, "CREATE TABLE theirs (x)")
-    yield
-    path.unlink()
+def changed(sql, back):
+    """Return a fault: a database that a statement has changed, until another changes it back."""
+
+    @contextmanager
+    def fault(path):
+        write(path, sql)
+        yield
+        write(path, back)
+
+    return fault
 
 
-@contextmanager
-def newer(path):
-    """Have a database of a newer version."""
-    write(path, "PRAGMA user_version = 4")
-    yield
-    write(path, "PRAGMA user_version = 3")
-
-
-@contextmanager
-def without_a_table(path):
-    """Have a table be missing."""
-    write(path, "ALTER TABLE bodies RENAME TO gone")
-    yield
-    write(path, "ALTER TABLE gone RENAME TO bodies")
-
-
+GONE = changed("ALTER TABLE bodies RENAME TO gone", "ALTER TABLE gone RENAME TO bodies")
+FOREIGN = changed("CREATE TABLE theirs (x)", "DROP TABLE theirs")
+NEWER = changed("PRAGMA user_version = 4", "PRAGMA user_version = 3")
 FAULTS = {  # (is the database made before, the fault, words of /health)
     "locked": (True, locked, "database is locked"),
-    "a table is missing": (True, without_a_table, "no such table"),
+    "a table is missing": (True, GONE, "no such table"),
     "damaged pages": (True, damaged, "malformed"),
     "no database": (False, no_database, "file is not a database"),
     "a folder": (False, folder_in_place, "unable to open"),
-    "another program's": (False, foreign, "another program's"),
-    "a newer version": (True, newer, "made by a newer collector"),
+    "another program's": (False, FOREIGN, "another program's"),
+    "a newer version": (True, NEWER, "made by a newer collector"),
 }
 
 

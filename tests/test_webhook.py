@@ -331,12 +331,6 @@ def test_what_is_refused_is_told_why_counted_and_logged(app, database, log, name
     assert database("SELECT count(*) FROM errors") == [(0,)]
 
 
-def test_a_browser_that_posts_nonsense_is_told_so_in_a_page(client):
-    reply = client.deliver(b"<b>", Accept="text/html,*/*;q=0.8")
-    assert (reply.status_code, reply.mimetype) == (400, "text/html")
-    assert "The body is not JSON" in reply.text
-
-
 # Where something else is posted to: the status, in order of path.
 WRONG = {
     "/": 405, "/errors": 405, "/errors/latest": 405, "/health": 405, "/sentry": 404, "/sentry/webhooks": 404,
