@@ -127,49 +127,50 @@ def test_the_tunnel_has_a_token_that_the_agents_lines_send(checkout):
         assert reply.startswith(b"#1 "), path
 
 
-def test_every_other_command_runs_as_it_stands_and_a_backup_is_restored(checkout):
-    checkout.start()
-    checkout.deliver(event_payload(1))
-    for command in PLAIN:
-        print(f"$ {command}\n{checkout.run(command)}")
-    (backup,) = (checkout.folder / "data/backups").glob("*.db")
-    checkout.deliver(event_payload(2))
-    checkout.stop()
-    restore = RESTORE.replace("sudo -u collector ", "").replace("backup.db", str(backup))
-    checkout.run(restore)
-    checkout.start()
-    assert [error["id"] for error in checkout.get("/errors")] == [1]
-    assert checkout.deliver(event_payload(3)) == (
-        201,
-        {"status": "stored", "id": 2, "url": "/errors/2"},
-    )
-    assert (checkout.folder / "data/aside/errors.db").exists()
+class Follower:
+    """The README's loop, which runs until the end of a `with`."""
+
+    def __init__(self, checkout):
+        self.checkout = checkout
+        self.file = checkout.folder / "loop.log"
+
+    def __enter__(self):
+        with self.file.open("wb") as output:
+            self.process = self.checkout.begin(LOOP, output)
+        return self
+
+    def __exit__(self, *error):
+        os.killpg(self.process.pid, signal.SIGKILL)
+        self.process.wait()
+
+    def has_shown(self, title):
+        """Return True if the loop has shown an error of a title; deliver another one."""
+        self.checkout.deliver(event_payload(os.urandom(16).hex(), title=title))
+        time.sleep(0.1)
+        return title in self.file.read_text()
 
 
-def test_the_loop_starts_now_and_outlives_a_restart(checkout, tmp_path):
+def test_the_loop_outlives_a_restart_and_every_other_command_runs_as_it_stands(checkout):
     checkout.start()
     checkout.deliver(event_payload("before"))
-    log = tmp_path / "loop.log"
-    with log.open("ab") as output:
-        loop = checkout.begin(LOOP, output)
-
-    def has_followed(number):
-        """Return True if the loop has shown an error of a number; deliver another one."""
-        checkout.deliver(event_payload(os.urandom(16).hex(), title=f"number {number}"))
-        time.sleep(0.1)
-        return f"number {number}" in log.read_text()
-
-    try:
-        wait_for(lambda: has_followed(1))
+    with Follower(checkout) as loop:
+        for command in PLAIN:
+            print(f"$ {command}\n{checkout.run(command)}")
+        wait_for(lambda: loop.has_shown("first"))
         checkout.stop()
-        wait_for(lambda: "Failed to connect" in log.read_text())
+        wait_for(lambda: "Failed to connect" in loop.file.read_text())
         checkout.start()
-        wait_for(lambda: has_followed(2))
-    finally:
-        os.killpg(loop.pid, signal.SIGKILL)
-        loop.wait()
-    ids = [int(id_) for id_ in re.findall(r'^\{"id":(\d+)', log.read_text(), re.MULTILINE)]
+        wait_for(lambda: loop.has_shown("second"))
+    shown = re.findall(r'^\{"id":(\d+)', loop.file.read_text(), re.MULTILINE)
+    ids = [int(id_) for id_ in shown]
     assert ids == list(range(ids[0], ids[0] + len(ids))) and ids[0] > 1
+    checkout.stop()
+    (backup,) = (checkout.folder / "data/backups").glob("*.db")
+    checkout.run(RESTORE.replace("sudo -u collector ", "").replace("backup.db", str(backup)))
+    checkout.start()
+    assert [error["id"] for error in checkout.get("/errors")] == [1]
+    assert checkout.deliver(event_payload(3))[1]["id"] == 2
+    assert (checkout.folder / "data/aside/errors.db").exists()
 
 
 def test_every_setting_is_where_one_looks_for_it(checkout):

@@ -376,15 +376,15 @@ def test_what_is_acknowledged_outlives_kill_9_under_load(server, tmp_path, state
         path.write_bytes(b"This was a database once. " * 1000)
     it = server(WEB_CONCURRENCY="3", **SIGNED)
     with Senders(it) as senders:
-        for number in range(1, 7):
+        for number in range(1, 5):
             wait_for(lambda least=100 * number: len(senders.answers) > least)
             for pid in it.workers():
                 with contextlib.suppress(ProcessLookupError):  # it may have ended meanwhile
                     os.kill(pid, signal.SIGKILL)
-            if number % 3 == 0:
+            if number % 2 == 0:
                 it.kill()
                 it.start()
-        wait_for(lambda: len(senders.answers) > 700)
+        wait_for(lambda: len(senders.answers) > 500)
     if state == "corrupt":
         assert senders.statuses() == {None, 202}
         assert len(it.spooled()) >= len(senders.acknowledged())

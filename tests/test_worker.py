@@ -167,11 +167,6 @@ DRIPPING = {
 }
 
 
-def be_hostile(server, name):
-    with contextlib.suppress(ConnectionError):  # some are dropped at once
-        server.connect(HOSTILE[name])
-
-
 def drip(server, start, piece):
     connection = server.connect(start)
 
@@ -189,17 +184,11 @@ def reset(connection):
     connection.close()
 
 
-@pytest.mark.parametrize("name", HOSTILE)
-def test_no_post_waits_for_a_client_that_sends_slowly_or_wrongly(shared, name):
-    for _ in range(8):
-        be_hostile(shared, name)
-    assert slowest_post(shared) < SLOW
-
-
-def test_no_post_waits_for_all_of_them_at_once_nor_for_drips_resets_and_readers(shared):
-    for _ in range(3):
-        for name in HOSTILE:
-            be_hostile(shared, name)
+def test_no_post_waits_for_whoever_sends_slowly_or_wrongly_drips_resets_or_reads(shared):
+    for _ in range(5):  # more of each than there are workers
+        for data in HOSTILE.values():
+            with contextlib.suppress(ConnectionError):  # some are dropped at once
+                shared.connect(data)
         for start, piece in DRIPPING.values():
             drip(shared, start, piece)
         for data in (b"GET / HT", post_of(b"{", length=9), post_of(b"{}"), get("/export?mb=1")):
