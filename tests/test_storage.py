@@ -1,6 +1,8 @@
 """The database, its upgrades and its spool: real files, locks, damage and kills."""
 
+import fcntl
 import os
+import re
 import resource
 import shutil
 import sqlite3
@@ -50,21 +52,27 @@ def test_a_row_is_in_the_file_before_the_reply(client, tmp_path):
     assert select(tmp_path / "copy" / "errors.db", "SELECT id FROM errors") == [(1,)]
 
 
-def test_every_commit_is_synced(client, tmp_path):
+def test_every_commit_and_every_spooled_file_is_synced(client, tmp_path, path):
     system_calls = shutil.which("strace")
     if system_calls is None:
         pytest.skip("no strace")
+    client.deliver(event_payload(1))
     trace = tmp_path / "trace"
     tracer = subprocess.Popen(
-        [system_calls, "-f", "-e", "trace=fdatasync,fsync", "-o", trace, "-p", str(os.getpid())],
+        [system_calls, "-fy", "-e", "trace=fdatasync,fsync", "-o", trace, "-p", str(os.getpid())],
         stderr=subprocess.PIPE,
     )
     if b"attached" not in tracer.stderr.readline():
         pytest.skip("strace may not attach here")
-    client.deliver(event_payload(1))
+    client.deliver(event_payload(2))
+    with locked(path):
+        assert client.deliver(event_payload(3)).status_code == 202
     tracer.terminate()
     tracer.communicate()
-    assert "sync(" in trace.read_text()
+    synced = re.findall(r"sync\(\d+<(.*?)>\) += 0", trace.read_text())
+    *database, file, folder = [Path(name).name for name in synced]
+    assert database[0].startswith("errors.db")
+    assert (file.rpartition(".")[2], folder) == ("part", "spool")
 
 
 @pytest.mark.parametrize("body", [b'{"action":"created", "data":{"error":{}}}', b""])
@@ -127,6 +135,14 @@ def folder_in_place(path):
     path.rmdir()
 
 
+@contextmanager
+def turn_taken(path):
+    """Hold the lock that the writers of the collector take in turn."""
+    with open(f"{path}.lock", "ab") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        yield
+
+
 def changed(sql, back):
     """Return a fault: a database that a statement has changed, until another changes it back."""
 
@@ -144,6 +160,7 @@ FOREIGN = changed("CREATE TABLE theirs (x)", "DROP TABLE theirs")
 NEWER = changed("PRAGMA user_version = 4", "PRAGMA user_version = 3")
 FAULTS = {  # (is the database made before, the fault, words of /health)
     "locked": (True, locked, "database is locked"),
+    "the turn does not come": (True, turn_taken, "holds the lock to write"),
     "a table is missing": (True, GONE, "no such table"),
     "damaged pages": (True, damaged, "malformed"),
     "no database": (False, no_database, "file is not a database"),

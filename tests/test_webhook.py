@@ -562,3 +562,5 @@ def test_what_a_proxy_adds_refuses_no_delivery_and_moves_no_path(shared):
     assert address == "https://errors_1:8000/sentry/webhook"
     status, _, reply = shared.request("POST", "/sentry/webhook", iter([b" " * 1_000_000] * 6))
     assert status == 413 and b"MAX_BODY_BYTES" in reply
+    reply, status = exchange(shared, POST + b"Content-Length: 999999999999\r\n\r\n{}")
+    assert status == 413 and b"MAX_BODY_BYTES" in reply  # none of it is waited for

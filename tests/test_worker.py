@@ -433,6 +433,15 @@ def test_what_is_here_is_served_before_the_end(make_server, tmp_path, sign):
     assert not re.search("Traceback|ERROR|CRITICAL", server.log.read_text())
 
 
+def test_a_worker_that_has_served_its_most_requests_finishes_those_it_holds(make_server):
+    server = make_server("--max-requests", "9", WEB_CONCURRENCY="1", STOPPING_SECONDS="20")
+    held = server.connect(post_of(b"{", length=2))
+    while "Autorestarting" not in server.log.read_text():
+        server.ask(get("/health"))
+    held.sendall(b"}")
+    assert reply_of(held)["length"] == 2
+
+
 # Sockets
 
 
