@@ -127,42 +127,31 @@ def test_the_tunnel_has_a_token_that_the_agents_lines_send(checkout):
         assert reply.startswith(b"#1 "), path
 
 
-class Follower:
-    """The README's loop, which runs until the end of a `with`."""
-
-    def __init__(self, checkout):
-        self.checkout = checkout
-        self.file = checkout.folder / "loop.log"
-
-    def __enter__(self):
-        with self.file.open("wb") as output:
-            self.process = self.checkout.begin(LOOP, output)
-        return self
-
-    def __exit__(self, *error):
-        os.killpg(self.process.pid, signal.SIGKILL)
-        self.process.wait()
-
-    def has_shown(self, title):
-        """Return True if the loop has shown an error of a title; deliver another one."""
-        self.checkout.deliver(event_payload(os.urandom(16).hex(), title=title))
-        time.sleep(0.1)
-        return title in self.file.read_text()
-
-
 def test_the_loop_outlives_a_restart_and_every_other_command_runs_as_it_stands(checkout):
     checkout.start()
     checkout.deliver(event_payload("before"))
-    with Follower(checkout) as loop:
+    log = checkout.folder / "loop.log"
+    with log.open("wb") as output:
+        loop = checkout.begin(LOOP, output)
+
+    def has_shown(title):
+        """Return True if the loop has shown an error of a title; deliver another one."""
+        checkout.deliver(event_payload(os.urandom(16).hex(), title=title))
+        time.sleep(0.1)
+        return title in log.read_text()
+
+    try:
         for command in PLAIN:
             print(f"$ {command}\n{checkout.run(command)}")
-        wait_for(lambda: loop.has_shown("first"))
+        wait_for(lambda: has_shown("first"))
         checkout.stop()
-        wait_for(lambda: "Failed to connect" in loop.file.read_text())
+        wait_for(lambda: "Failed to connect" in log.read_text())
         checkout.start()
-        wait_for(lambda: loop.has_shown("second"))
-    shown = re.findall(r'^\{"id":(\d+)', loop.file.read_text(), re.MULTILINE)
-    ids = [int(id_) for id_ in shown]
+        wait_for(lambda: has_shown("second"))
+    finally:
+        os.killpg(loop.pid, signal.SIGKILL)
+        loop.wait()
+    ids = [int(id_) for id_ in re.findall(r'^\{"id":(\d+)', log.read_text(), re.MULTILINE)]
     assert ids == list(range(ids[0], ids[0] + len(ids))) and ids[0] > 1
     checkout.stop()
     (backup,) = (checkout.folder / "data/backups").glob("*.db")

@@ -508,9 +508,7 @@ def shared(tmp_path_factory):
     """Return a server that several tests use."""
     with serving(tmp_path_factory.mktemp("shared")) as server:
         wait_for(lambda: server.log.read_text().count("Booting worker") == 4)
-        wait_for(
-            lambda: len(server.workers()) == 4
-        )  # the child that looks at the database has ended
+        wait_for(lambda: len(server.workers()) == 4)  # and no child that upgrades
         yield server
 
 
