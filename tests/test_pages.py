@@ -333,7 +333,7 @@ INSPECT = """(async () => {
   const targets = all.filter(each => each.matches('[href], [src], [action]'));
   await new Promise(done => setTimeout(done));
   const found = {
-    faint, wide, isRowInSight: rowEnd < 800, headings: document.querySelectorAll('h1').length,
+    faint, wide, innerWidth, isRowInSight: rowEnd < 800, headings: document.querySelectorAll('h1').length,
     unlabelled: [...document.querySelectorAll('input:not([type=hidden])')].filter(each => !each.labels.length).map(name),
     ids: all.filter(each => each.id).length - new Set(all.filter(each => each.id).map(each => each.id)).size,
     tags: [...new Set(all.map(each => each.localName))],
@@ -366,7 +366,7 @@ def test_a_page_is_sound_and_harmless_at_each_width_in_each_colour_scheme(browse
         page = browser.run(INSPECT)
         roles = browser.roles()
         assert (page["faint"], page["wide"], page["unlabelled"]) == ([], [], []), width
-        assert (page["headings"], page["ids"]) == (1, 0)
+        assert (page["innerWidth"], page["headings"], page["ids"]) == (width, 1, 0)
         assert page["isRowInSight"] or width == 360 or re.match(r"/errors/(\d|latest)", path)
         assert [role for role, name in roles if role in NAMED and not name] == []
         landmarks = [role for role, _ in roles if role in ("banner", "contentinfo", "main")]

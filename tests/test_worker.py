@@ -202,24 +202,25 @@ def test_who_sends_or_takes_nothing_is_dropped_but_not_who_takes_slowly_for_long
     server = make_server("--timeout", "1", **env)
     workers = server.workers()
 
+    slow = server.connect(get("/export?mb=6"), receive=65536)
+    sip = server.connect(get("/export?mb=20"), receive=4096)
+    assert slow.recv(1) and sip.recv(1)  # no other reader is served as long as these are
+
     def take_slowly():
-        connection = server.connect(get("/export?mb=6"), receive=65536)
         received = 0
         until = time.monotonic() + 2.2  # gunicorn looks once a second
-        while part := connection.recv(1 << 14):
+        while part := slow.recv(1 << 14):
             received += len(part)
             time.sleep(0.03 if time.monotonic() < until else 0)
         return time.monotonic() > until and received > 6 << 20
 
     with ThreadPoolExecutor() as pool:
         whole = pool.submit(take_slowly)
-        sip = server.connect(get("/export?mb=20"), receive=4096)
-        assert sip.recv(1)
         started = time.monotonic()
         half = server.connect(post_of(b"{", length=100))
         assert read(half) == b""
         assert time.monotonic() - started > 0.5
-        server.ask(get("/page"))  # which has to wait for the end of a reader
+        server.ask(get("/page"))  # which has to wait for the end of one of them
         assert len(read(sip)) < 20 << 20
         assert whole.result()
     assert "dropped a client: a request did not come whole" in server.log.read_text()
