@@ -55,81 +55,56 @@ log = logging.getLogger("gunicorn.error")
 
 # The most that is read of a payload, which itself stays whole, so that no delivery takes long.
 COLUMN_LENGTH = 8192  # characters of a text, where Sentry cuts messages, too
-NAME_LENGTH = 200  # characters of the name of a tag, a header or a variable
+NAME_LENGTH = 200  # characters of the name of a value
 LINE_LENGTH = 1024  # characters of a source line
-CONTEXT_LINES = 20  # source lines before a frame's own, and after it
-FRAMES = 250  # frames of an exception, the newest ones
-EVENT_FRAMES = 2500  # frames of all exceptions of an event
-EXCEPTIONS = 50  # exceptions of an event, the outermost ones
-VARIABLES = 50  # variables of a frame
-TAGS = 200  # tags of an event
-PAIRS = 100  # headers of a request, and parameters of its query
-CRUMBS = 20  # breadcrumbs of an event, the newest ones
-ITEMS = 200  # values of an object or of a list
-VALUES = 20_000  # values of one part of an event, such as its contexts, at any depth
-DEPTH = 12  # levels of nested objects and lists, as a Redux state has
 JSON_LENGTH = 100_000  # characters of a request's body, sent as JSON text, that are read as JSON
-SCANNED_ENTRIES = 100  # entries of a service hook's event, which has about ten
-SCANNED_OBJECTS = 10_000  # exceptions, threads or breadcrumbs, among which some are looked for
-
+FRAMES = 250  # frames of an exception, the newest ones
+EXCEPTIONS = 50  # exceptions of an event, the outermost ones
+NEAREST = 20  # breadcrumbs, source lines on a side, and what else is only for people
+ITEMS = 500  # values of an object or of a list
+VALUES = 50_000  # values of an event at any depth, where 32 characters count as one more
+DEPTH = 12  # levels of nested objects and lists, as a Redux state has
+SCANNED = 10_000  # exceptions, threads or breadcrumbs, among which some are looked for
 REST = "…"  # what stands for all that was cut, as a value, a key or a last item
 MASK = "[masked]"  # what stands in the place of a secret
-
-# The names of values that are secrets, however their parts are joined.
+DECODER = json.JSONDecoder()
+STRICT_DECODER = json.JSONDecoder(parse_constant=int)  # a ValueError for NaN and Infinity
 SECRET_NAME = re.compile(
     r"authori[sz]ation|cookie|passw|passphrase|passcode|pwd|secret|token|credential|sess(?:ion|id)"
     r"|[cx]srf|dsn$|shared[-_. ]?access|[-_. ]signature$|card[-_. ]?number"
     r"|(?:api|auth|access|private|signing|encryption|ssh|subscription|functions?|master|account"
     r"|storage|service|license|hmac|rsa)[-_. ]?key"
-    r"|(?<![a-z])(?:dsn|jwt|bearer|pw(?![a-z])|(?:pass|o?auth|creds|sid|sig|t?otp|cvv)$)",
-    re.IGNORECASE,
+    r"|(?<![a-z])(?:dsn|jwt|bearer|pw(?![a-z])|(?:pass|o?auth|creds|sid|sig|t?otp|cvv)$)"
 )
-# The names of numbers that are counts, such as max_tokens, and no secrets.
-COUNT_NAME = re.compile(r"tokens$|max|count|total|limit|duration|length", re.IGNORECASE)
-# The names of values that are URLs, queries or forms, which may have secrets as parameters.
-LINK_NAME = re.compile(
-    r"(?:ur[il]|query|query[-_]?string|referr?er|location|body|form)$", re.IGNORECASE
-)
-# The password in a URL: what is before it, and it.
-URL_PASSWORD = re.compile(r"(://[^/?#\s:@]*:)[^/?#\s@]+(?=@|…$)")  # "…": it was cut
-# The query of a URL in any text.
-URL_QUERY = re.compile(r"(?<=://)([^\s\"'<>?#]{0,2000}[?#])([^\s\"'<>]+)")
-LINK_STARTS = "http://", "https://", "/", "?"  # beginnings of other values that may be URLs
-# A parameter of a query or a form, and a member of an object in JSON or Python's form, which may be
-# broken: up to the value, the name in it.
-PARAMETER = re.compile(r"(?<![^?&;#])((?P<name>[^?&;#=]{1,200})=)[^&;#]*")
-MEMBER = re.compile(
-    r"""((["'])(?P<name>[^"'\\]{1,200})\2\s*:\s*)"""
-    r"""(?:"(?:[^"\\]|\\.)*"?|'(?:[^'\\]|\\.)*'?|[^,{}\[\]\s"'][^,}\]\s]*)"""
-)
-# The beginning of an object or a list in such text, under its name.
-CONTAINER = re.compile(r"""(["'])(?P<name>[^"'\\]{1,200})\1\s*:\s*(?=[\[{])""")
+COUNT_NAME = re.compile(r"(?i)tokens$|max|(?<!ac)count|total|limit|duration|length")  # no secrets
+MEMBER_NAME = re.compile(r"""["']([^"']{1,200})["']\s*:\s*""")  # in JSON or Python's form
+URL = re.compile(r"(?<=://)[^\s\"'<>]+")
+URL_PASSWORD = re.compile(r"(://[^/?#\s:@]*:)[^/?#\s]+(?=@|…$)")  # "…": it was cut
+SERVER = re.compile(r"^https?://(?:[^/?#\s]*@)?((?:[^/?#\s:@\\]+|\[[0-9a-f:.]+\])"
+    r"(?::(?!80\b|443\b)[0-9]{1,5})?)(?::80|:443)?(?:[/?#]|$)")  # fmt: skip
+OCCURRENCES = {1: "performance", 2: "profile", 3: "ai_detected", 4: "cron", 5: "replay",
+    6: "feedback", 7: "uptime", 8: "metric", 11: "preprod", 12: "instrumentation",
+    13: "configuration"}  # fmt: skip
 
 
 class Refused(Exception):
     """A delivery is not taken, for a reason that REASONS tells; `detail` is put into its words."""
 
     def __init__(self, reason, detail=""):
-        super().__init__(reason)
         self.reason = reason
         self.detail = detail
 
 
-def refuse_constant(name):
-    """Raise ValueError for NaN and Infinity, which Python's decoder would take."""
-    raise ValueError(f"{name} is not JSON")
-
-
-# Made once, because json.loads makes one for each call that has an option.
-DECODER = json.JSONDecoder(parse_constant=refuse_constant)
-
-
-@contextmanager
-def uncollected():
-    """Run the block without Python's cyclic garbage collector, which slows decoding."""
-    gc.disable()
+def load(body, decode=DECODER.decode):
+    """Return the JSON value in `body` (bytes). Raises ValueError, or RecursionError if too deep."""
+    words = body.decode("utf-8-sig")  # because json.loads would guess UTF-16 and UTF-32, too
+    gc.disable()  # because the cyclic garbage collector slows decoding
     try:
-        yield
+        return decode(words)
+    except RecursionError:
+        # A new thread has a whole stack, so that what was taken once is read back on any.
+        with ThreadPoolExecutor(1) as executor:
+            return executor.submit(decode, words).result()
     finally:
         gc.enable()
 
@@ -137,9 +112,7 @@ def uncollected():
 def parse_body(body):
     """Return the delivery, a dict, in `body` (bytes). Raises Refused for anything else."""
     try:
-        # Decoded first, because json.loads would guess UTF-16 and UTF-32 from bytes.
-        with uncollected():
-            payload = DECODER.decode(body.decode("utf-8-sig"))
+        payload = load(body, STRICT_DECODER.decode)
     except UnicodeDecodeError:
         raise Refused("not UTF-8") from None
     except RecursionError:
@@ -153,55 +126,36 @@ def parse_body(body):
     return payload
 
 
-def load(body):
-    """Return the payload in a stored body (bytes), which parse_body has taken."""
-    try:
-        with uncollected():
-            return json.loads(body)
-    except RecursionError:
-        # It is nested as deeply as the stack allowed when it was received. A new thread has a whole
-        # stack, of which any request has used up more.
-        with ThreadPoolExecutor(1) as executor:
-            return executor.submit(json.loads, body).result()
-
-
 def clean(value):
     """Return text that SQLite and UTF-8 can hold, without the secrets of URLs in it."""
     if not value.isascii():  # Most text is, and the round trip takes time.
         value = value.encode("utf-8", "replace").decode("utf-8")
     if "://" in value:
-        value = mask_urls(value)
+        value = URL_PASSWORD.sub(rf"\1{MASK}", value)
+        value = URL.sub(lambda url: mask_parameters(url[0]), value)
     return value.replace("\0", "\ufffd")
 
 
 def cut(value, length):
     """Return text of at most `length` characters, with an ellipsis where it lost some."""
-    if value is None or len(value) <= length:
-        return value
-    return value[: length - 1] + "…"
+    return value if value is None or len(value) <= length else value[: length - 1] + REST
 
 
 def text(value, length=COLUMN_LENGTH):
     """Return clean text of at most `length` characters for text that is not empty, else None."""
-    if not isinstance(value, str) or not value:
-        return None
-    if len(value) > length:
-        value = cut(value, length)
-    return clean(value)
+    return clean(cut(value, length)) if isinstance(value, str) and value else None
 
 
 def integer(value):
     """Return an integer that fits 64 bits, sent as such or as its digits, else None."""
     if isinstance(value, str) and re.fullmatch("[0-9]{1,18}", value):
         return int(value)
-    return value if type(value) is int and -(2**63) <= value < 2**63 else None
+    return value if type(value) is int and abs(value) < 2**63 else None
 
 
 def identifier(value):
     """Return an id, sent as text or as an integer, as text, else None."""
-    if type(value) is int:
-        value = str(value)
-    return text(value)
+    return str(value) if type(value) is int else text(value)
 
 
 def parse_time(value):
@@ -209,12 +163,8 @@ def parse_time(value):
     try:
         if isinstance(value, str):
             when = datetime.fromisoformat(value[:NAME_LENGTH])
-            if when.tzinfo is None:
-                return when.replace(tzinfo=UTC)
-            return when.astimezone(UTC)
-        if isinstance(value, bool):
-            return None
-        return datetime.fromtimestamp(value, UTC)
+            return when.replace(tzinfo=when.tzinfo or UTC).astimezone(UTC)
+        return None if isinstance(value, bool) else datetime.fromtimestamp(value, UTC)
     except (TypeError, ValueError, OverflowError, OSError):
         return None
 
@@ -225,9 +175,11 @@ def moment(value):
     return when and when.isoformat().replace("+00:00", "Z")
 
 
-def first(values):
-    """Return the first value that is not None, else None."""
-    return next((value for value in values if value is not None), None)
+def server_of(url):
+    """Return the server of a URL, which is its host and any unusual port, else None."""
+    server = next(iter(SERVER.findall((text(url) or "").lower())), None)
+    is_cloud = f".{server}".endswith(".sentry.io")  # whose ids are the same on every host
+    return "sentry.io" if is_cloud else cut(server, NAME_LENGTH)
 
 
 def as_dict(value):
@@ -235,422 +187,240 @@ def as_dict(value):
     return value if isinstance(value, dict) else {}
 
 
-def as_list(value):
-    """Return a list as it is, and an empty one for anything else."""
-    return value if isinstance(value, list) else []
+def objects(value, most=SCANNED):
+    """Return the dicts among the last items of a list, or of the `values` of a dict."""
+    values = as_dict(value).get("values", value)
+    return [item for item in only(list)(values, [])[-most:] if isinstance(item, dict)]
 
 
-def objects(value):
-    """Return the dicts among the last SCANNED_OBJECTS of a list, or of the `values` of a dict."""
-    if isinstance(value, dict):
-        value = value.get("values")
-    return [item for item in as_list(value)[-SCANNED_OBJECTS:] if isinstance(item, dict)]
+def pairs(value):
+    """Return pairs, or objects with key or name and value, as one dict, None without any."""
+    found = {}
+    for sent in only(list)(value, [])[: ITEMS + 1]:
+        pair = sent
+        if isinstance(sent, dict):
+            pair = [sent.get("key") or sent.get("name"), sent.get("value")]
+        if isinstance(pair, list) and len(pair) == 2 and isinstance(pair[0], str):
+            name, item = pair
+            if isinstance(item, str) and isinstance(found.get(name), str):
+                item = cut(f"{found[name]}, {item}", COLUMN_LENGTH)  # as HTTP joins headers
+            found[name] = item
+    return found or as_dict(value) or None
 
 
 @functools.lru_cache(maxsize=4096)
 def is_secret(name):
-    """Return True if a value of this name is a secret."""
+    """Return True if a value of this name is a secret, however the parts of the name are joined."""
     if not name.islower():
-        name = re.sub(r"(?<=[a-z0-9])(?=[A-Z])", "_", name)  # dbPass
-    return SECRET_NAME.search(name) is not None
+        name = re.sub(r"(?<=[a-z0-9])(?=[A-Z])", "_", name).lower()  # dbPass
+    return name.count(" ") < 3 and SECRET_NAME.search(name) is not None  # Four words are prose.
 
 
-def is_count(name, value):
-    """Return True for a number that is no secret in spite of its name, and for a boolean."""
-    if isinstance(value, int | float) and COUNT_NAME.search(name):
-        return True
-    return isinstance(value, bool)
+def mask_parameters(query):
+    """Return a query, a form or a URL without the values of parameters that are secrets."""
+    parts = re.split("([?&;#])", query)
+    for index, part in enumerate(parts):
+        name, equals, _ = part.partition("=")
+        if equals and is_secret(name[-NAME_LENGTH:]):
+            parts[index] = f"{name}={MASK}"
+    return "".join(parts)
 
 
-def mask(match):
-    """Return a match of PARAMETER or MEMBER, without its value if that is a secret."""
-    return match[1] + MASK if is_secret(match["name"]) else match[0]
-
-
-def mask_urls(value):
-    """Return text without the passwords and the values of secret parameters of URLs in it."""
-    if "@" in value or value.endswith(REST):
-        value = URL_PASSWORD.sub(rf"\1{MASK}", value)
-    if "=" in value:
-        value = URL_QUERY.sub(lambda url: url[1] + PARAMETER.sub(mask, url[2]), value)
-    return value
-
-
-def mask_members(value):
-    """Return JSON or Python's form as text, which may be broken, without secret members."""
-    for container in CONTAINER.finditer(value):
-        if is_secret(container["name"]):
-            value = value[: container.end()] + MASK  # where it ends, broken text does not tell
-            break
-    return MEMBER.sub(mask, value)
-
-
-def mask_query(value):
-    """Return a query, or a URL in clean text, without the values of secret parameters."""
-    return value and PARAMETER.sub(mask, value)
-
-
-def mask_value(name, value):
-    """Return a plain value of this name without secrets."""
-    if is_secret(name) and not is_count(name, value):
-        return MASK
-    if not isinstance(value, str):
-        return value
-    if value.startswith(("{", "[")):
-        return mask_members(value)
-    if LINK_NAME.search(name) or value.startswith(LINK_STARTS):
-        return mask_query(value)
-    return value
-
-
-def new_room():
-    """Return how much may be read of one part of an event."""
-    return {"values": VALUES, "frames": EVENT_FRAMES}
-
-
-def take_room(room, kind, wanted):
-    """Return how many of the `wanted` values or frames may be read, and take them off the room."""
-    taken = min(wanted, room[kind])
-    room[kind] -= taken
-    return taken
-
-
-def plain(value, depth=DEPTH, room=None):
-    """Return a copy of any JSON value that can be sent as JSON again, without secrets.
-
-    It is cut, with a word that it was, where it is nested deeper than `depth`, or has more values
-    than there is `room` for. A number that other readers of JSON may not take is made text.
-    """
-    room = room or new_room()
-    if isinstance(value, str):
-        return clean(cut(value, COLUMN_LENGTH))
-    if isinstance(value, dict | list) and value and not depth:
+def launder_text(value, room):
+    """Return text without the secrets of a URL, of a query, or of an object in text form."""
+    value = cut(value, COLUMN_LENGTH)
+    room[0] -= len(value) // 32
+    if room[0] <= 0:
         return REST
-    if isinstance(value, dict):
-        return plain_object(value, depth - 1, room)
+    value = clean(value)
+    if "=" in value:
+        value = mask_parameters(value)
+    if value.lstrip()[:1] in ("{", "["):
+        for name in MEMBER_NAME.finditer(value):
+            if is_secret(name[1]):
+                return value[: name.end()] + MASK  # with all that follows, which may be of it
+    return value
+
+
+def launder(value, room, name="", depth=DEPTH):
+    """Return a copy of a value of this name that JSON can hold, bounded and without secrets."""
+    room[0] -= 1 + len(name) // 32  # a list of the number of values that may still be copied
+    if value is None or isinstance(value, bool):
+        return value
+    is_number = isinstance(value, int | float)
+    if is_secret(name) and not (is_number and COUNT_NAME.search(name)):
+        return MASK
+    if isinstance(value, str):
+        return launder_text(value, room)
+    if is_number:
+        return value if abs(value) < 2**63 else str(value)  # which not all readers of JSON take
+    most = ITEMS if depth and room[0] > 0 else 0
     if isinstance(value, list):
-        return plain_list(value, depth - 1, room)
-    if value is None or isinstance(value, bool) or integer(value) is not None:
-        return value
-    if isinstance(value, float) and math.isfinite(value):
-        return value
-    return cut(str(value), COLUMN_LENGTH)
-
-
-def plain_object(value, depth, room, limit=ITEMS):
-    """Return a plain copy of a dict, of its first `limit` values at most."""
-    kept = take_room(room, "values", min(len(value), limit))
+        copy = []
+        before = ""
+        for item in value[:most]:
+            copy.append(launder(item, room, before, depth - 1))
+            is_name = len(value) % 2 == 0 and isinstance(item, str) and ":" not in item  # perhaps
+            before = item[:NAME_LENGTH] if is_name else ""
+        return copy if len(value) <= most else [*copy, REST]
     copy = {}
-    for key, item in islice(value.items(), kept):
-        name = clean(cut(key, NAME_LENGTH))
-        copy[name] = mask_value(name, plain(item, depth, room))
-    label = first((copy.get("name"), copy.get("key")))
-    if "value" in copy and isinstance(label, str) and is_secret(label):
-        copy["value"] = MASK
-    if len(value) > kept:
-        copy[REST] = REST
-    return copy
+    label = value.get("name") or value.get("key")
+    for key, item in islice(value.items(), most):
+        shown = clean(cut(key, NAME_LENGTH))
+        is_labelled = key == "value" and isinstance(label, str)
+        copy[shown] = launder(item, room, label[:NAME_LENGTH] if is_labelled else shown, depth - 1)
+    return copy if len(value) <= most else copy | {REST: REST}
 
 
-def plain_list(value, depth, room):
-    """Return a plain copy of a list, of its first ITEMS values at most."""
-    kept = take_room(room, "values", min(len(value), ITEMS))
-    copy = [mask_value("", plain(item, depth, room)) for item in value[:kept]]
-    if len(value) % 2 == 0:  # perhaps names, each with its value after it
-        for index in range(1, kept, 2):
-            name = value[index - 1]
-            is_name = isinstance(name, str) and re.fullmatch(r"[\w. \[\]-]{1,200}", name)
-            if is_name and is_secret(name):
-                copy[index] = MASK
-    if len(value) > kept:
-        copy.append(REST)
-    return copy
+def texts(value):
+    """Return a laundered dict with its values as text, JSON where they are none, or None."""
+    copy = as_dict(value).copy()
+    for name, item in copy.items():
+        if item is not None and not isinstance(item, str):
+            copy[name] = cut(json.dumps(item), COLUMN_LENGTH)
+    return copy or None
 
 
-def as_object(value, room=None, limit=ITEMS):
-    """Return a plain copy of a dict, and None for anything else."""
-    if not isinstance(value, dict):
-        return None
-    return plain_object(value, DEPTH - 1, room or new_room(), limit)
+def table(rows):
+    """Return {key: [(parser, path)]} of rows, which give (parser, paths, ...) or one of both."""
+    compiled = {}
+    for keys, row in rows.items():
+        for key in keys.split():
+            steps = (text, row) if isinstance(row, str) else (row, key)
+            compiled[key] = []
+            steps = row if isinstance(row, tuple) else steps
+            for parse, paths in zip(steps[::2], steps[1::2], strict=True):
+                compiled[key] += [(parse, path.split(".")) for path in paths.split()]
+    return compiled
 
 
-def as_text(value, room=None):
-    """Return a value as text, JSON text where it is an object, a list or a boolean."""
-    value = plain(value, room=room)
-    if value is None or isinstance(value, str):
-        return value
-    return cut(json.dumps(value), COLUMN_LENGTH)
-
-
-def read_pairs(value, limit):
-    """Return the first `limit` names and values, text or None, of a list of them as pairs.
-
-    They are sent as pairs, as objects with `key` or `name` and `value`, or as one object.
-    """
-    if isinstance(value, dict):
-        items = islice(value.items(), limit)
-    else:
-        value = as_list(value)
-        items = value[:limit]
-    room = new_room()
-    pairs = []
-    for item in items:
-        pair = item
-        if isinstance(item, dict):
-            pair = (first((item.get("key"), item.get("name"))), item.get("value"))
-        if isinstance(pair, list | tuple) and len(pair) == 2 and isinstance(pair[0], str):
-            pairs.append((clean(cut(pair[0], NAME_LENGTH)), as_text(pair[1], room)))
-    if len(value) > limit:
-        pairs.append((REST, REST))
-    return pairs
-
-
-def find_error(payload):
-    """Return where the parts of a delivery's error lie, dicts by name, or None without an error."""
-    action = text(payload.get("action"))
-    data = as_dict(payload.get("data"))
-    issue = as_dict(data.get("issue"))
-    project = data.get("project")
-    if isinstance(project, str):
-        project = {"slug": project}
-    error = {"issue": issue, "project": as_dict(project), "data": data}
-    for key, resource in (("error", "error"), ("event", "event_alert")):
-        if isinstance(data.get(key), dict):
-            return error | {"event": data[key], "kind": {"resource": resource}}
-    if isinstance(data.get("issue"), dict) and data.get("activity") is None:
-        if action in ("created", "unresolved"):  # a new issue, or one that has come back
-            return error | {"event": {}, "kind": {"resource": "issue"}}
-        return None
-    event = payload.get("event")
-    if action or payload.get("data") is not None or not isinstance(event, dict):
-        return None
-    if isinstance(payload.get("group"), dict):
-        project = as_dict(payload.get("project"))
-        return {"event": event, "hook": event, "issue": payload["group"], "project": project}
-    return {"event": event, "legacy": payload}
-
-
-# The interfaces of an event, and what follows "sentry.interfaces." in those of Sentry 8 and before.
-INTERFACES = {
-    "exception": "Exception", "threads": "Threads", "stacktrace": "Stacktrace", "user": "User",
-    "logentry": "Message", "request": "Http", "breadcrumbs": "Breadcrumbs", "csp": "Csp",
-}  # fmt: skip
-
-
-def places(event, name):
-    """Return what lies where the forms of an event keep an interface, the usual place first."""
-    found = [event.get(name), event.get(f"sentry.interfaces.{INTERFACES[name]}")]
-    # The event of a service hook has the API's form, with a list of entries.
-    entry_type = "message" if name == "logentry" else name
-    for entry in as_list(event.get("entries"))[:SCANNED_ENTRIES]:
-        if isinstance(entry, dict) and entry.get("type") == entry_type:
-            found.append(entry.get("data"))
+def apply(rows, source):
+    """Return what a table finds in a dict, for each key the first that its parser takes."""
+    found = dict.fromkeys(rows)
+    for key, steps in rows.items():
+        for parse, path in steps:
+            value = source
+            for name in path:
+                value = value.get(name) if isinstance(value, dict) else None
+            if value is not None:
+                found[key] = parse(value)
+            if found[key] is not None:
+                break
     return found
 
 
-def find_object(event, name):
-    """Return an event's interface that is one object, an empty dict without it."""
-    for place in places(event, name):
-        if isinstance(place, dict) and place:
-            return place
-    return {}
+def shape(rows, source):
+    """Return what a table finds in a dict, None if it finds nothing."""
+    found = apply(rows, source)
+    return None if all(value is None for value in found.values()) else found
 
 
-def find_list(event, name):
-    """Return an event's interface that is a list of objects, an empty list without it."""
-    for place in places(event, name):
-        found = objects(place)
-        if found:
-            return found
-    return []
+def only(kind):
+    """Return the parser that takes values of a type as they are, and no others."""
+    return lambda value, other=None: value if isinstance(value, kind) else other
+
+
+def found_in(pattern):
+    """Return the parser that takes what the group of a pattern finds in text or in a number."""
+    return lambda value: next(iter(re.findall(pattern, identifier(value) or "")), None)
+
+
+def first_text(value):
+    """Return the first item of a list if it is text, else None."""
+    return next(map(text, only(list)(value, [])), None)
+
+
+def occurrence_category(value):
+    """Return the category of an occurrence by the number of its type, else None."""
+    number = integer(value)
+    return None if number is None else OCCURRENCES.get(number // 1000, "other")
+
+
+# The columns of an error: paths in what find_error returns, and what parse_error adds to that.
+FIELDS = table({
+    "received_at": text, "action": text, "resource": "header shape",
+    "timestamp": (moment, "event.datetime event.timestamp event.received event.dateCreated "
+        "event.dateReceived issue.lastSeen issue.firstSeen received_at"),
+    "event_id": (identifier, "event.event_id event.eventID event.id"),
+    "issue_id": (identifier, "event.issue_id", found_in("/issues/([0-9]+)"), "event.issue_url "
+        "event.web_url", identifier, "issue.id id event.groupID"),
+    "short_id": "issue.shortId", "status": "issue.status",
+    "title": "event.occurrence.issueTitle event.title issue.title metadata.title",
+    "message": "event.message message event.logentry.formatted event.logentry.message "
+        "event.occurrence.subtitle event.contexts.feedback.message metadata.message "
+        "main.value metadata.value metadata.title",
+    "exception_type": "main.type cause.type", "exception_value": "main.value cause.value",
+    "culprit": "event.culprit event.occurrence.culprit issue.culprit culprit",
+    "level": "event.level event.occurrence.level level tags.level issue.level",
+    "platform": "event.platform issue.platform", "logger": "event.logger issue.logger logger "
+        "tags.logger", "environment": "event.environment tags.environment",
+    "release": "event.release event.release.version tags.release tags.sentry:release",
+    "project_id": (found_in("^([0-9]+)$"), "event.project",
+        identifier, "issue.project.id event.projectID project.id"),
+    "project_slug": (text, "issue.project.slug project_slug project project.slug",
+        found_in("/api/0/projects/[^/]+/([^/]+)/events/"), "event.url"),
+    "project_name": "issue.project.name project_name project.name",
+    "permalink": "event.web_url issue.web_url issue.permalink url",
+    "rule": (text, "triggered_rule", first_text, "triggering_rules"),
+    "server": (server_of, "event.web_url issue.web_url issue.permalink url event.url issue.url "
+        "event.issue_url"),
+    "category": (text, "issue.issueCategory", occurrence_category, "event.occurrence.type",
+        found_in("^(csp|hpkp|expectct|expectstaple|nel|feedback)$"), "event.type"),
+})  # fmt: skip
+
+
+def find_error(payload):
+    """Return where the parts of a delivery's error lie, a dict, or None without an error."""
+    action = text(payload.get("action"))
+    data = as_dict(payload.get("data"))
+    is_new = action in ("created", "unresolved") and data.get("activity") is None
+    is_legacy = not action and payload.get("data") is None
+    if isinstance(data.get("error"), dict):
+        found = data | {"event": data["error"], "shape": "error"}
+    elif isinstance(data.get("event"), dict):
+        found = data | {"shape": "event_alert"}
+    elif is_new and isinstance(data.get("issue"), dict):
+        found = data | {"event": {}, "shape": "issue"}
+    elif is_legacy and isinstance(payload.get("event"), dict):
+        found = payload | {"issue": payload.get("group"), "shape": None}
+    else:
+        return None
+    issue = as_dict(found.get("issue"))
+    metadata = as_dict(found["event"].get("metadata")) or as_dict(issue.get("metadata"))
+    return found | {"action": action, "issue": issue, "metadata": metadata}
 
 
 def find_exceptions(event):
-    """Return an event's exceptions as they were sent, the inner cause first."""
-    return find_list(event, "exception") or objects(event.get("exceptions"))
-
-
-def find_metadata(event, issue):
-    """Return what Sentry read of an event, or of its issue where the event has nothing."""
-    return as_dict(event.get("metadata")) or as_dict(issue.get("metadata"))
-
-
-def find_main(event, exceptions):
-    """Return the exception that Sentry names as the main one, else the outermost, {} without any.
-
-    It is named by an id, which is not its position in the list.
-    """
+    """Return an event's exceptions as sent, the inner cause first, and the main one or {}."""
+    sent = objects(event.get("exception")) or objects(event.get("exceptions"))
+    main = (sent or [{}])[-1]  # the outermost, unless Sentry names another by its id
     main_id = identifier(event.get("main_exception_id"))
-    if main_id is not None:
-        for exception in exceptions:
-            mechanism = as_dict(exception.get("mechanism"))
-            if identifier(mechanism.get("exception_id")) == main_id:
-                return exception
-    if exceptions:
-        return exceptions[-1]
-    return {}
-
-
-def parse_tags(event):
-    """Return an event's tags as one dict of text."""
-    return dict(read_pairs(event.get("tags"), TAGS))
-
-
-def server_of(url):
-    """Return the server of a URL, which is its host and any unusual port, else None."""
-    pattern = r"https?://(?:[^/?#\s]*@)?([^/?#\s:@\\]+|\[[0-9a-f:.]+\])(:[0-9]{1,5})?(?:[/?#]|$)"
-    match = re.match(pattern, (text(url) or "").lower())
-    if match is None:
-        return None
-    host, port = match.groups()
-    host = cut(host, NAME_LENGTH)
-    if host == "sentry.io" or host.endswith(".sentry.io"):
-        return "sentry.io"  # Its regions and organisations differ in the host, never in the ids.
-    return host if port in (None, ":80", ":443") else host + port
-
-
-# A column's value is the first of these that its parser makes something of: "part.key", where the
-# parts are those of find_parts.
-FIELDS = {
-    "timestamp": (
-        moment,
-        "event.datetime event.timestamp event.received event.dateCreated event.dateReceived "
-        "issue.lastSeen issue.firstSeen",
-    ),
-    "event_id": (identifier, "event.event_id event.eventID event.id"),
-    "issue_id": (identifier, "event.issue_id derived.issue_id issue.id legacy.id event.groupID"),
-    "short_id": (text, "issue.shortId"),
-    "title": (
-        text,
-        "occurrence.issueTitle event.title issue.title metadata.title derived.summary "
-        "legacy.message",
-    ),
-    "message": (
-        text,
-        "event.message legacy.message logentry.formatted logentry.message occurrence.subtitle "
-        "feedback.message metadata.message crash.value metadata.value metadata.title "
-        "occurrence.issueTitle event.title issue.title derived.summary",
-    ),
-    "culprit": (text, "event.culprit occurrence.culprit issue.culprit legacy.culprit"),
-    "level": (text, "event.level occurrence.level legacy.level tags.level issue.level"),
-    "status": (text, "issue.status"),
-    "platform": (text, "event.platform issue.platform"),
-    "logger": (text, "event.logger issue.logger legacy.logger tags.logger"),
-    "environment": (text, "event.environment tags.environment"),
-    "release": (text, "event.release release.version tags.release tags.sentry:release"),
-    "project_id": (identifier, "derived.project_id issue_project.id event.projectID project.id"),
-    "project_slug": (
-        text,
-        "issue_project.slug legacy.project_slug legacy.project project.slug derived.project_slug",
-    ),
-    "project_name": (text, "issue_project.name legacy.project_name project.name"),
-    "exception_type": (text, "crash.type cause.type"),
-    "exception_value": (text, "crash.value cause.value"),
-    "permalink": (text, "event.web_url hook.url issue.web_url issue.permalink legacy.url"),
-    "rule": (text, "data.triggered_rule derived.rule"),
-    "server": (
-        server_of,
-        "event.web_url issue.web_url issue.permalink legacy.url hook.url event.url issue.url "
-        "event.issue_url",
-    ),
-    "category": (text, "derived.category"),
-}
-FIELDS = {
-    column: (parse, [path.split(".", 1) for path in paths.split()])
-    for column, (parse, paths) in FIELDS.items()
-}
-# The categories of occurrences by the thousands of their type's number.
-OCCURRENCES = {
-    1: "performance", 2: "profile", 3: "ai_detected", 4: "cron", 5: "replay", 6: "feedback",
-    7: "uptime", 8: "metric", 11: "preprod", 12: "instrumentation", 13: "configuration",
-}  # fmt: skip
-# The types of events that are no errors, which are their categories, too.
-EVENT_TYPES = ("csp", "hpkp", "expectct", "expectstaple", "nel", "feedback")
-
-
-def search_url(pattern, *urls):
-    """Return what `pattern` finds in the first of the URLs that has it, else None."""
-    for url in urls:
-        match = re.search(pattern, text(url) or "")
-        if match:
-            return match[1]
-    return None
-
-
-def find_category(event, issue, occurrence):
-    """Return what kind of issue it is: error, performance, cron and so on."""
-    sent = text(issue.get("issueCategory"), NAME_LENGTH)
-    if sent:
-        return sent.lower()
-    occurrence_type = integer(occurrence.get("type"))
-    if occurrence_type is not None:
-        return OCCURRENCES.get(occurrence_type // 1000, "other")
-    return event["type"] if event.get("type") in EVENT_TYPES else "error"
-
-
-def find_parts(error):
-    """Return the parts of an error (see find_error) with those that must be looked for."""
-    event = error["event"]
-    issue = as_dict(error.get("issue"))
-    parts = error | {
-        "metadata": find_metadata(event, issue),
-        "crash": find_main(event, find_exceptions(event)),
-        "tags": parse_tags(event),
-        "logentry": find_object(event, "logentry"),
-        "occurrence": as_dict(event.get("occurrence")),
-        "feedback": as_dict(as_dict(event.get("contexts")).get("feedback")),
-        "release": as_dict(event.get("release")),
-        "issue_project": as_dict(issue.get("project")),
-    }
-    # The metadata of an occurrence, such as a slow query, is that of no exception.
-    if not parts["occurrence"]:
-        parts["cause"] = parts["metadata"]
-    return parts | {"derived": derive(event, issue, parts)}
-
-
-def derive(event, issue, parts):
-    """Return the values that no part of an error holds as they are."""
-    project_id = identifier(event.get("project"))
-    if not re.fullmatch("[0-9]+", project_id or ""):
-        project_id = None  # Other forms of events have a slug there.
-    summary = (pick(parts, *FIELDS["exception_type"]), pick(parts, *FIELDS["exception_value"]))
-    rules = as_list(as_dict(parts.get("legacy")).get("triggering_rules"))
-    return {
-        "issue_id": search_url("/issues/([0-9]+)", event.get("issue_url"), event.get("web_url")),
-        "project_id": project_id,
-        "project_slug": search_url("/api/0/projects/[^/]+/([^/]+)/events/", event.get("url")),
-        "summary": ": ".join(filter(None, summary)),
-        "rule": first(rules[:1]),
-        "category": find_category(event, issue, parts["occurrence"]),
-    }
-
-
-def pick(parts, parse, paths):
-    """Return the first value at the paths that `parse` makes something of, else None."""
-    for part, key in paths:
-        if part in parts:
-            value = parse(parts[part].get(key))
-            if value is not None:
-                return value
-    return None
+    for exception in reversed(sent if main_id else []):
+        if identifier(as_dict(exception.get("mechanism")).get("exception_id")) == main_id:
+            main = exception
+    kept = sent[-EXCEPTIONS:]
+    if len(sent) == len(kept):
+        return kept, main
+    if all(exception is not main for exception in kept):
+        kept[0] = main
+    return [{"type": REST}, *kept], main
 
 
 def parse_error(payload, resource, received_at):
-    """Return the row of a delivery's error but for its payload columns, or None without an error.
-
-    `resource` is the Sentry-Hook-Resource header or None, `received_at` an ISO 8601 time.
-    """
+    """Return the row of a delivery's error, or None. `resource` is the header's, or None."""
     error = find_error(payload)
     if error is None:
         return None
-    parts = find_parts(error)
-    kind = as_dict(error.get("kind"))
-    row = {"received_at": received_at}
-    row["resource"] = text(resource) or kind.get("resource")
-    row["action"] = text(payload.get("action"))
-    for column, (parse, paths) in FIELDS.items():
-        row[column] = pick(parts, parse, paths)
-    row["timestamp"] = row["timestamp"] or received_at
+    event = error["event"]
+    error |= {"header": resource, "received_at": received_at, "tags": pairs(event.get("tags"))}
+    _, error["main"] = find_exceptions(event)
+    if not as_dict(event.get("occurrence")):  # whose metadata are those of no exception
+        error["cause"] = error["metadata"]
+    row = apply(FIELDS, error)
+    type_and_value = filter(None, (row["exception_type"], row["exception_value"]))
+    row["title"] = row["title"] or ": ".join(type_and_value) or text(error.get("message"))
+    row["message"] = row["message"] or row["title"]
+    row["category"] = row["category"] or "error"
     return row
 
 
@@ -658,8 +428,7 @@ def identity(row, body):
     """Return the text by which a delivery's row is known to be of the same error as another."""
     is_usual = row["action"] in (None, "created", "triggered")
     server = row["server"] or ""
-    if is_usual and row["event_id"]:
-        # The event id first, because the index finds it so.
+    if is_usual and row["event_id"]:  # which is first, because the index finds it so
         return f"{row['event_id']} {server} {row['project_id'] or row['project_slug'] or ''}"
     if is_usual and row["issue_id"]:
         return f"issue {row['issue_id']} {server}"
@@ -667,341 +436,151 @@ def identity(row, body):
 
 
 def parse_line(value, column=None):
-    """Return a source line as clean text, which is empty for anything else than text.
-
-    Of a long one the part around `column` stays, which then is in its middle.
-    """
+    """Return a source line as clean text, "" for none. Of a long one the part around `column`."""
     is_long = isinstance(value, str) and len(value) > LINE_LENGTH
     if is_long and LINE_LENGTH // 2 < (column or 0) <= len(value):
         value = REST + value[column - LINE_LENGTH // 2 + 1 :]
     return text(value, LINE_LENGTH) or ""
 
 
-def parse_lines(lines, last=False):
-    """Return the first CONTEXT_LINES of a list of source lines, or the last ones, else None."""
-    if not isinstance(lines, list):
-        return None
-    number = len(lines) - CONTEXT_LINES
-    if number <= 0:
-        return [parse_line(value) for value in lines]
-    if last:
-        return [REST, *map(parse_line, lines[-CONTEXT_LINES:])]
-    return [*map(parse_line, lines[:CONTEXT_LINES]), REST]
+FRAME = table({
+    "filename": text, "abs_path": "abs_path absPath", "module function": text,
+    "lineno": (integer, "lineno lineNo"), "colno": (integer, "colno colNo"),
+    "in_app": (only(bool), "in_app inApp"), "pre_context": only(list), "context_line": only(str),
+    "post_context": only(list), "package": text,
+    "instruction_addr": (identifier, "instruction_addr instructionAddr"), "vars": only(dict),
+})  # fmt: skip
+EXCEPTION = table({"type value module": text, "mechanism": only(object)})
+CRUMB = table({"timestamp": moment, "type category level message": text, "data": only(object)})
+REQUEST = table({"method url": text, "query": (only(object), "query_string query"),
+    "headers": pairs, "data": only(object)})  # fmt: skip
+PARTS = table({"user contexts extra csp": only(dict)})
+ACTOR = table({"type id name": identifier})
+ISSUE_STATS = table({"count": integer, "user_count": (integer, "userCount"), "first_seen":
+    (moment, "firstSeen"), "last_seen": (moment, "lastSeen"), "priority": text})  # fmt: skip
+PROBLEM = table({"type name": text, "value": "value url"})
+TEMPLATE = table({"filename context_line": text, "lineno": integer})
+CLUE = table({"omitted": (only(list), "stacktrace.frames_omitted"),
+    "signal": "mechanism.meta.signal.name mechanism.meta.mach_exception.name"})  # fmt: skip
+THREAD = table({"name state": text})
 
 
-def find_lines(frame, number):
-    """Return a frame's source lines as the dict of the keys that a service hook has no names for.
-
-    It sends pairs of a line's number and its text, and `number` is that of the frame's own line.
-    """
-    pairs = as_list(frame.get("context"))[:ITEMS]
-    if number is None or not pairs:
-        return frame
-    lines = {"pre_context": [], "context_line": None, "post_context": []}
-    for pair in pairs:
-        if not isinstance(pair, list) or len(pair) != 2 or type(pair[0]) is not int:
-            continue
-        if pair[0] < number:
-            lines["pre_context"].append(pair[1])
-        elif pair[0] > number:
-            lines["post_context"].append(pair[1])
-        else:
-            lines["context_line"] = pair[1]
-    return lines
-
-
-def parse_frame(frame, room):
-    """Return a frame in the shape that goes out, whichever spelling it has."""
-    get = frame.get
-    number = first((integer(get("lineno")), integer(get("lineNo"))))
-    lines = find_lines(frame, number)
-    own_line = lines.get("context_line")
-    column = first((integer(get("colno")), integer(get("colNo"))))
-    in_app = first((get("in_app"), get("inApp")))
-    address = first((get("instruction_addr"), get("instructionAddr")))
-    return {
-        "filename": text(get("filename")),
-        "abs_path": text(get("abs_path")) or text(get("absPath")),
-        "module": text(get("module")),
-        "function": text(get("function")),
-        "lineno": number,
-        "colno": column,
-        "in_app": in_app if isinstance(in_app, bool) else None,
-        "pre_context": parse_lines(lines.get("pre_context"), last=True),
-        "context_line": parse_line(own_line, column) if isinstance(own_line, str) else None,
-        "post_context": parse_lines(lines.get("post_context")),
-        "package": text(get("package")),
-        "instruction_addr": identifier(address),
-        "vars": as_object(order_variables(get("vars"), own_line), room, VARIABLES),
-    }
-
-
-def order_variables(variables, line):
-    """Return a frame's variables, of too many first those that its source line names."""
-    if not isinstance(variables, dict) or len(variables) <= VARIABLES:
-        return variables
-    words = re.findall(r"\w+", text(line) or "")
-    return {word: variables[word] for word in words if word in variables} | variables
+def frames_of(holder):
+    """Return the newest frames of an exception, a thread or an event as sent, one too many."""
+    return objects(as_dict(holder.get("stacktrace")).get("frames"), FRAMES + 1)
 
 
 def parse_frames(holder, room):
-    """Return the frames of an exception, a thread or an event, the oldest call first.
-
-    They are read from the newest on, to which the room goes. The first one says if some were cut.
-    """
-    sent = []
-    for place in places(holder, "stacktrace"):
-        sent = sent or as_list(as_dict(place).get("frames"))
-    number_cut = len(sent) - take_room(room, "frames", min(len(sent), FRAMES))
+    """Return the frames of a holder, the oldest call first, where a first one says it was cut."""
+    sent = frames_of(holder)
     parsed = []
-    for frame in reversed(sent[number_cut:]):
-        if isinstance(frame, dict):
-            parsed.append(parse_frame(frame, room))
-    if number_cut:
-        parsed.append(parse_frame({"function": REST}, room))
-    parsed.reverse()
-    return parsed
+    for frame in reversed(sent[-FRAMES:] if room[0] > 0 else []):  # The newest get the room.
+        room[0] -= 20
+        found = apply(FRAME, frame)
+        if found["context_line"]:
+            found["context_line"] = parse_line(found["context_line"], found["colno"])
+        for key, kept in (("pre_context", slice(-NEAREST, None)), ("post_context", slice(NEAREST))):
+            if found[key]:
+                found[key] = [parse_line(line) for line in found[key][kept]]
+        found["vars"] = launder(found["vars"], room)
+        parsed.append(found)
+    if len(sent) > len(parsed):
+        parsed.append(apply(FRAME, {"function": REST}))
+    return parsed[::-1]
 
 
-def parse_thread(event, exception, room):
-    """Return the frames of the thread that an exception names, an empty list without one."""
-    thread_id = identifier(first((exception.get("thread_id"), exception.get("threadId"))))
-    if thread_id is not None:
-        for thread in find_list(event, "threads"):
-            if identifier(thread.get("id")) == thread_id:
-                return parse_frames(thread, room)
-    return []
+def parse_exceptions(error, room):
+    """Return an event's exceptions, the inner cause first, and the stacktrace of the crash."""
+    event = error["event"]
+    exceptions, main = find_exceptions(event)
+    threads = objects(event.get("threads"))
+    thread_id = identifier(main.get("thread_id")) or REST
+    holders = [main] + [thread for thread in threads if identifier(thread.get("id")) == thread_id]
+    if not any(map(frames_of, exceptions)):
+        threads.sort(key=lambda it: (it.get("crashed") is not True, it.get("current") is not True))
+        place = shape(FRAME, error["metadata"])
+        holders += [*threads, event, {"stacktrace": {"frames": [place]}}]
+    crash = next(filter(frames_of, holders), main)
+    stacktrace = []
+    parsed = []
+    for exception in reversed(exceptions):
+        found = apply(EXCEPTION, exception) | {"main": exception is main}
+        found["mechanism"] = launder(found["mechanism"], room)
+        found["frames"] = parse_frames(crash if found["main"] else exception, room)
+        if found["main"] or not stacktrace:
+            stacktrace = found["frames"] or stacktrace
+        parsed.append(found)
+    return parsed[::-1], stacktrace or parse_frames(crash, room)
 
 
-def parse_crash(event, metadata, room):
-    """Return the frames of an event of which no exception has any."""
-    threads = find_list(event, "threads")
-    threads.sort(key=lambda thread: thread.get("current") is not True)
-    threads.sort(key=lambda thread: thread.get("crashed") is not True)
-    for holder in (*threads, event):
-        frames = parse_frames(holder, room)
-        if frames:
-            return frames
-    place = {key: text(metadata.get(key)) for key in ("filename", "function")}
-    return [parse_frame(place, room)] if any(place.values()) else []
-
-
-def parse_exception(exception, main, room):
-    """Return an exception in the shape that goes out, where `main` is the main one as sent."""
-    return {
-        "type": text(exception.get("type")),
-        "value": text(exception.get("value")),
-        "module": text(exception.get("module")),
-        "mechanism": plain(exception.get("mechanism"), room=room),
-        "main": exception is main,
-        "frames": parse_frames(exception, room),
-    }
-
-
-def keep_exceptions(event):
-    """Return the exceptions that are read, as sent, the main one in them, and the main one."""
-    sent = find_exceptions(event)
-    main = find_main(event, sent)
-    kept = sent[-EXCEPTIONS:]
-    if sent and all(exception is not main for exception in kept):
-        kept[0] = main
-    if len(sent) > EXCEPTIONS:
-        kept.insert(0, {"type": REST})
-    return kept, main
-
-
-def parse_exceptions(event, metadata):
-    """Return an event's exceptions, the inner cause first, and the stacktrace of the crash.
-
-    The stacktrace is that of the main exception, unless it has none and another one has.
-    """
-    kept, main = keep_exceptions(event)
-    room = new_room()
-    parsed = [parse_exception(exception, main, room) for exception in reversed(kept)]
-    parsed.reverse()
-    crash = next((exception for exception in parsed if exception["main"]), {"frames": []})
-    crash["frames"] = crash["frames"] or parse_thread(event, main, room)
-    with_frames = [exception for exception in (*parsed, crash) if exception["frames"]]
-    if with_frames:
-        stacktrace = with_frames[-1]["frames"]
-    else:
-        stacktrace = parse_crash(event, metadata, room)
-        crash["frames"] = stacktrace
-    return parsed, stacktrace
-
-
-def parse_headers(headers):
-    """Return a request's headers, sent as pairs, as an object or as lines, as a dict, else None."""
-    if isinstance(headers, str):
-        headers = [line.partition(":")[::2] for line in headers[:COLUMN_LENGTH].splitlines()]
-    return join_pairs(read_pairs(headers, PAIRS), ", ") or None
-
-
-def join_pairs(pairs, separator):
-    """Return pairs of a name and a text as a dict without secrets, the texts of a name joined."""
-    values = {}
-    for name, value in pairs:
-        shown = mask_value(name, value)
-        if values.get(name) and shown:
-            shown = cut(f"{values[name]}{separator}{shown}", COLUMN_LENGTH)
-        values[name] = shown
-    return values
-
-
-def parse_query(query):
-    """Return the query of a request's URL, sent as text, as pairs or as an object, as text."""
-    if isinstance(query, str):
-        return mask_query(text(query))
-    pairs = read_pairs(query, PAIRS)
-    return text("&".join(f"{name}={mask_value(name, value) or ''}" for name, value in pairs))
-
-
-def parse_data(data):
-    """Return a request's body, sent as text or as JSON, as JSON where it can be read as such."""
-    if not isinstance(data, str):
-        return plain(data)
-    if not data[:NAME_LENGTH].lstrip().startswith(("{", "[")):
-        return mask_query(text(data))
-    if len(data) <= JSON_LENGTH:
-        with suppress(ValueError, RecursionError):
-            return plain(json.loads(data))
-    return mask_members(text(data))
-
-
-def parse_request(event):
+def parse_request(request, room):
     """Return the request in which an error happened, None without one."""
-    request = find_object(event, "request")
-    if not request:
+    found = shape(REQUEST, request)
+    if found is None:
         return None
-    return {
-        "method": text(request.get("method")),
-        "url": mask_query(text(request.get("url"))),
-        "query": parse_query(first((request.get("query_string"), request.get("query")))),
-        "headers": parse_headers(request.get("headers")),
-        "data": parse_data(request.get("data")),
-    }
-
-
-def parse_crumb(crumb, room):
-    """Return a breadcrumb in the shape that goes out."""
-    words = {key: text(crumb.get(key)) for key in ("type", "category", "level", "message")}
-    data = plain(crumb.get("data"), room=room)
-    return {"timestamp": moment(crumb.get("timestamp")), **words, "data": data}
-
-
-def parse_crumbs(event):
-    """Return an event's newest breadcrumbs, the newest last.
-
-    They are sorted where all have a time, because some SDKs append groups of older ones.
-    """
-    crumbs = find_list(event, "breadcrumbs")
-    times = [parse_time(crumb.get("timestamp")) for crumb in crumbs]
-    if None not in times:
-        order = sorted(range(len(crumbs)), key=times.__getitem__)
-        crumbs = [crumbs[index] for index in order]
-    room = new_room()
-    return [parse_crumb(crumb, room) for crumb in crumbs[-CRUMBS:]]
-
-
-def parse_actor(actor):
-    """Return who caused a delivery, None where it is not said."""
-    if not as_dict(actor):
-        return None
-    return {key: identifier(actor.get(key)) for key in ("type", "id", "name")}
-
-
-def parse_stats(issue):
-    """Return what an issue delivery says of its issue's counts, None where it says nothing."""
-    stats = {
-        "count": integer(issue.get("count")),
-        "user_count": integer(issue.get("userCount")),
-        "first_seen": moment(issue.get("firstSeen")),
-        "last_seen": moment(issue.get("lastSeen")),
-        "priority": text(issue.get("priority")),
-    }
-    return stats if any(value is not None for value in stats.values()) else None
-
-
-def parse_evidence(event):
-    """Return what Sentry shows of an occurrence, such as a slow query, as a dict of text."""
-    occurrence = as_dict(event.get("occurrence"))
-    return join_pairs(read_pairs(occurrence.get("evidenceDisplay"), PAIRS), "; ")
+    body = found["data"]
+    if isinstance(body, str) and body.lstrip()[:1] in ("{", "[") and len(body) <= JSON_LENGTH:
+        with suppress(ValueError, RecursionError):  # of text that is no JSON
+            found["data"] = json.loads(body)
+    found = launder(found, room)
+    query = found["query"]
+    items = as_dict(query).items()
+    if isinstance(query, list):
+        items = [pair for pair in query if isinstance(pair, list) and len(pair) == 2]
+    found["query"] = "&".join(f"{name}={value or ''}" for name, value in items) or text(query)
+    return found | {"headers": texts(found["headers"])}
 
 
 def parse_detail(payload):
     """Return what of a stored payload has no column, in the shapes that go out."""
     error = find_error(payload)
     event = error["event"]
-    issue = as_dict(error.get("issue"))
-    extra = first((event.get("extra"), as_dict(error.get("hook")).get("context")))
-    exceptions, stacktrace = parse_exceptions(event, find_metadata(event, issue))
+    room = [VALUES]
+    exceptions, stacktrace = parse_exceptions(error, room)
+    crumbs = objects(event.get("breadcrumbs"))
+    with suppress(TypeError):  # of one without a time, which cannot be compared
+        crumbs.sort(key=lambda crumb: parse_time(crumb.get("timestamp")))  # SDKs append older ones
+    crumbs = [apply(CRUMB, crumb) for crumb in crumbs[-NEAREST:]]
+    for crumb in crumbs:
+        crumb["data"] = launder(crumb["data"], room)
     return {
         "exceptions": exceptions,
         "stacktrace": stacktrace,
-        "tags": {name: mask_value(name, value) for name, value in parse_tags(event).items()},
-        "actor": parse_actor(payload.get("actor")),
-        "request": parse_request(event),
-        "breadcrumbs": parse_crumbs(event),
-        "user": as_object(find_object(event, "user") or None),
-        "contexts": as_object(event.get("contexts")),
-        "extra": as_object(extra),
-        "csp": as_object(find_object(event, "csp") or None),
-        "issue_stats": parse_stats(issue),
+        "tags": texts(launder(pairs(event.get("tags")), room)) or {},
+        "actor": shape(ACTOR, payload.get("actor")),
+        "request": parse_request(event.get("request"), room),
+        "breadcrumbs": crumbs,
+        **launder(apply(PARTS, event), room, depth=DEPTH + 1),
+        "issue_stats": shape(ISSUE_STATS, error["issue"]),
     }
 
 
 def parse_clues(payload):
-    """Return what else explains a crash, for people: the JSON of an error has none of it.
-
-    `omitted` and `signals` have an item for each exception of the detail.
-    """
+    """Return what else explains a crash, for people: the JSON of an error has none of it."""
     event = find_error(payload)["event"]
-    kept, _ = keep_exceptions(event)
-    omitted = []
-    signals = []
-    for exception in kept:
-        cut_out = as_list(as_dict(exception.get("stacktrace")).get("frames_omitted"))
-        omitted.append(cut_out[:2] if len(cut_out) == 2 else None)
-        meta = as_dict(as_dict(exception.get("mechanism")).get("meta"))
-        names = (as_dict(meta.get(key)).get("name") for key in ("signal", "mach_exception"))
-        signals.append(first(map(text, names)))
-    template = as_dict(event.get("template"))
-    place = parse_words(template, "filename", "context_line")
+    room = [VALUES]
+    clues = [apply(CLUE, exception) for exception in find_exceptions(event)[0]]
+    for clue in clues:
+        if [type(number) for number in clue["omitted"] or []] != [int, int]:
+            clue["omitted"] = None
+    problems = launder(objects(event.get("errors"))[:NEAREST], room)
+    evidence = pairs(as_dict(event.get("occurrence")).get("evidenceDisplay"))
+    holders = []
+    for thread in objects(event.get("threads")):
+        locks = list(as_dict(thread.get("held_locks")).values())[:NEAREST]
+        if locks and len(holders) < NEAREST:
+            frames = parse_frames(thread, room)
+            own = [frame for frame in frames if frame["in_app"]] or frames or [None]
+            words = [json.dumps(lock) for lock in launder(locks, room)]
+            holders.append(apply(THREAD, thread) | {"locks": words, "frame": own[-1]})
     return {
-        "errors": [parse_problem(item) for item in objects(event.get("errors"))[:CRUMBS]],
-        "omitted": omitted,
-        "signals": signals,
-        "template": template and place | {"lineno": integer(template.get("lineno"))},
-        "locks": parse_locks(event),
-        "evidence": parse_evidence(event),
+        "errors": [apply(PROBLEM, problem) for problem in problems],
+        "omitted": [clue["omitted"] for clue in clues],  # an item for each exception
+        "signals": [clue["signal"] for clue in clues],
+        "template": shape(TEMPLATE, event.get("template")),
+        "locks": holders,
+        "evidence": texts(launder(evidence, room)) or {},
     }
-
-
-def parse_words(value, *keys):
-    """Return some values of a dict as text."""
-    return {key: text(value.get(key)) for key in keys}
-
-
-def parse_problem(problem):
-    """Return what Sentry could not process, whose value is the user's own."""
-    words = parse_words(problem, "type", "name", "value")
-    return words | {"value": mask_value(words["name"] or "", words["value"])}
-
-
-def parse_locks(event):
-    """Return the threads that hold locks, with the newest frame of each."""
-    holders = [
-        thread for thread in find_list(event, "threads") if as_dict(thread.get("held_locks"))
-    ]
-    locks = []
-    room = new_room()
-    for thread in holders[:CRUMBS]:
-        frames = parse_frames(thread, room)
-        own = [frame for frame in frames if frame["in_app"]] or frames or [None]
-        words = [as_text(lock, room) for lock in islice(thread["held_locks"].values(), CRUMBS)]
-        named = parse_words(thread, "name", "state")
-        locks.append(named | {"locks": words, "frame": own[-1]})
-    return locks
 
 
 # --------------------------------------------------------------------------------------------------
