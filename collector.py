@@ -64,18 +64,17 @@ NEAREST = 20  # breadcrumbs, source lines on a side, and what else is only for p
 ITEMS = 500  # values of an object or of a list
 VALUES = 50_000  # values of an event at any depth, where 32 characters count as one more
 DEPTH = 12  # levels of nested objects and lists, as a Redux state has
-SCANNED = 10_000  # exceptions, threads or breadcrumbs, among which some are looked for
 REST = "…"  # what stands for all that was cut, as a value, a key or a last item
 MASK = "[masked]"  # what stands in the place of a secret
-DECODER = json.JSONDecoder()
-STRICT_DECODER = json.JSONDecoder(parse_constant=int)  # a ValueError for NaN and Infinity
+DECODER = json.JSONDecoder(parse_constant=int)  # which raises ValueError for NaN and Infinity
 SECRET_NAME = re.compile(
     r"authori[sz]ation|cookie|passw|passphrase|passcode|pwd|secret|token|credential|sess(?:ion|id)"
-    r"|[cx]srf|dsn$|shared[-_. ]?access|[-_. ]signature$|card[-_. ]?number"
-    r"|(?:api|auth|access|private|signing|encryption|ssh|subscription|functions?|master|account"
-    r"|storage|service|license|hmac|rsa)[-_. ]?key"
-    r"|(?<![a-z])(?:dsn|jwt|bearer|pw(?![a-z])|(?:pass|o?auth|creds|sid|sig|t?otp|cvv)$)"
-)
+    r"|[cx]srf|dsn$|shared[-_. ]?access|[-_. ]signature$|card[-_. ]?number|(?:api|auth|access|rsa"
+    r"|private|signing|encryption|ssh|subscription|functions?|master|account|storage|service|hmac"
+    r"|license)[-_. ]?key|(?<![a-z])(?:dsn|jwt|bearer|pw(?![a-z])"
+    r"|(?:pass|o?auth|creds|sid|sig|t?otp|cvv)$)")  # fmt: skip
+NAME = re.compile(r" ?[^\s=]+(?:(?<!:) [^\s=]+){0,2}")  # of a parameter or in a list: no prose
+PARAMETER = re.compile(r"((?:^|(?<=[?&;#]))([^?&;#=]{1,200})=)[^?&;#]*")  # up to its value, all
 COUNT_NAME = re.compile(r"(?i)tokens$|max|(?<!ac)count|total|limit|duration|length")  # no secrets
 MEMBER_NAME = re.compile(r"""["']([^"']{1,200})["']\s*:\s*""")  # in JSON or Python's form
 URL = re.compile(r"(?<=://)[^\s\"'<>]+")
@@ -95,16 +94,15 @@ class Refused(Exception):
         self.detail = detail
 
 
-def load(body, decode=DECODER.decode):
+def load(body):
     """Return the JSON value in `body` (bytes). Raises ValueError, or RecursionError if too deep."""
     words = body.decode("utf-8-sig")  # because json.loads would guess UTF-16 and UTF-32, too
     gc.disable()  # because the cyclic garbage collector slows decoding
     try:
-        return decode(words)
+        return DECODER.decode(words)
     except RecursionError:
-        # A new thread has a whole stack, so that what was taken once is read back on any.
-        with ThreadPoolExecutor(1) as executor:
-            return executor.submit(decode, words).result()
+        with ThreadPoolExecutor(1) as executor:  # whose stack is whole, so that it is read again
+            return executor.submit(DECODER.decode, words).result()
     finally:
         gc.enable()
 
@@ -112,7 +110,7 @@ def load(body, decode=DECODER.decode):
 def parse_body(body):
     """Return the delivery, a dict, in `body` (bytes). Raises Refused for anything else."""
     try:
-        payload = load(body, STRICT_DECODER.decode)
+        payload = load(body)
     except UnicodeDecodeError:
         raise Refused("not UTF-8") from None
     except RecursionError:
@@ -130,9 +128,9 @@ def clean(value):
     """Return text that SQLite and UTF-8 can hold, without the secrets of URLs in it."""
     if not value.isascii():  # Most text is, and the round trip takes time.
         value = value.encode("utf-8", "replace").decode("utf-8")
-    if "://" in value:
+    if "://" in value and ("=" in value or "@" in value or REST in value):
         value = URL_PASSWORD.sub(rf"\1{MASK}", value)
-        value = URL.sub(lambda url: mask_parameters(url[0]), value)
+        value = URL.sub(lambda url: PARAMETER.sub(mask, url[0]), value)
     return value.replace("\0", "\ufffd")
 
 
@@ -187,7 +185,7 @@ def as_dict(value):
     return value if isinstance(value, dict) else {}
 
 
-def objects(value, most=SCANNED):
+def objects(value, most=10_000):
     """Return the dicts among the last items of a list, or of the `values` of a dict."""
     values = as_dict(value).get("values", value)
     return [item for item in only(list)(values, [])[-most:] if isinstance(item, dict)]
@@ -213,17 +211,12 @@ def is_secret(name):
     """Return True if a value of this name is a secret, however the parts of the name are joined."""
     if not name.islower():
         name = re.sub(r"(?<=[a-z0-9])(?=[A-Z])", "_", name).lower()  # dbPass
-    return name.count(" ") < 3 and SECRET_NAME.search(name) is not None  # Four words are prose.
+    return SECRET_NAME.search(name) is not None
 
 
-def mask_parameters(query):
-    """Return a query, a form or a URL without the values of parameters that are secrets."""
-    parts = re.split("([?&;#])", query)
-    for index, part in enumerate(parts):
-        name, equals, _ = part.partition("=")
-        if equals and is_secret(name[-NAME_LENGTH:]):
-            parts[index] = f"{name}={MASK}"
-    return "".join(parts)
+def mask(match):
+    """Return a match of PARAMETER without its value if that is a secret."""
+    return match[1] + MASK if is_secret(match[2]) and NAME.fullmatch(match[2]) else match[0]
 
 
 def launder_text(value, room):
@@ -234,7 +227,7 @@ def launder_text(value, room):
         return REST
     value = clean(value)
     if "=" in value:
-        value = mask_parameters(value)
+        value = PARAMETER.sub(mask, value)
     if value.lstrip()[:1] in ("{", "["):
         for name in MEMBER_NAME.finditer(value):
             if is_secret(name[1]):
@@ -260,8 +253,8 @@ def launder(value, room, name="", depth=DEPTH):
         before = ""
         for item in value[:most]:
             copy.append(launder(item, room, before, depth - 1))
-            is_name = len(value) % 2 == 0 and isinstance(item, str) and ":" not in item  # perhaps
-            before = item[:NAME_LENGTH] if is_name else ""
+            may_be_name = len(value) % 2 == 0 and isinstance(item, str) and len(item) < NAME_LENGTH
+            before = item if may_be_name and NAME.fullmatch(item) else ""
         return copy if len(value) <= most else [*copy, REST]
     copy = {}
     label = value.get("name") or value.get("key")
@@ -274,10 +267,9 @@ def launder(value, room, name="", depth=DEPTH):
 
 def texts(value):
     """Return a laundered dict with its values as text, JSON where they are none, or None."""
-    copy = as_dict(value).copy()
-    for name, item in copy.items():
-        if item is not None and not isinstance(item, str):
-            copy[name] = cut(json.dumps(item), COLUMN_LENGTH)
+    copy = {}
+    for name, item in as_dict(value).items():
+        copy[name] = item if isinstance(item, str | None) else cut(json.dumps(item), COLUMN_LENGTH)
     return copy or None
 
 
@@ -286,9 +278,8 @@ def table(rows):
     compiled = {}
     for keys, row in rows.items():
         for key in keys.split():
-            steps = (text, row) if isinstance(row, str) else (row, key)
             compiled[key] = []
-            steps = row if isinstance(row, tuple) else steps
+            steps = {str: (text, row), tuple: row}.get(type(row), (row, key))
             for parse, paths in zip(steps[::2], steps[1::2], strict=True):
                 compiled[key] += [(parse, path.split(".")) for path in paths.split()]
     return compiled
@@ -325,26 +316,15 @@ def found_in(pattern):
     return lambda value: next(iter(re.findall(pattern, identifier(value) or "")), None)
 
 
-def first_text(value):
-    """Return the first item of a list if it is text, else None."""
-    return next(map(text, only(list)(value, [])), None)
-
-
-def occurrence_category(value):
-    """Return the category of an occurrence by the number of its type, else None."""
-    number = integer(value)
-    return None if number is None else OCCURRENCES.get(number // 1000, "other")
-
-
 # The columns of an error: paths in what find_error returns, and what parse_error adds to that.
 FIELDS = table({
-    "received_at": text, "action": text, "resource": "header shape",
+    "received_at": text, "action": text, "resource": "header shape", "short_id": "issue.shortId",
     "timestamp": (moment, "event.datetime event.timestamp event.received event.dateCreated "
         "event.dateReceived issue.lastSeen issue.firstSeen received_at"),
     "event_id": (identifier, "event.event_id event.eventID event.id"),
     "issue_id": (identifier, "event.issue_id", found_in("/issues/([0-9]+)"), "event.issue_url "
         "event.web_url", identifier, "issue.id id event.groupID"),
-    "short_id": "issue.shortId", "status": "issue.status",
+    "status": "issue.status", "platform": "event.platform issue.platform",
     "title": "event.occurrence.issueTitle event.title issue.title metadata.title",
     "message": "event.message message event.logentry.formatted event.logentry.message "
         "event.occurrence.subtitle event.contexts.feedback.message metadata.message "
@@ -352,8 +332,8 @@ FIELDS = table({
     "exception_type": "main.type cause.type", "exception_value": "main.value cause.value",
     "culprit": "event.culprit event.occurrence.culprit issue.culprit culprit",
     "level": "event.level event.occurrence.level level tags.level issue.level",
-    "platform": "event.platform issue.platform", "logger": "event.logger issue.logger logger "
-        "tags.logger", "environment": "event.environment tags.environment",
+    "logger": "event.logger issue.logger logger tags.logger", "rule": "triggered_rule first_rule",
+    "environment": "event.environment tags.environment",
     "release": "event.release event.release.version tags.release tags.sentry:release",
     "project_id": (found_in("^([0-9]+)$"), "event.project",
         identifier, "issue.project.id event.projectID project.id"),
@@ -361,10 +341,9 @@ FIELDS = table({
         found_in("/api/0/projects/[^/]+/([^/]+)/events/"), "event.url"),
     "project_name": "issue.project.name project_name project.name",
     "permalink": "event.web_url issue.web_url issue.permalink url",
-    "rule": (text, "triggered_rule", first_text, "triggering_rules"),
     "server": (server_of, "event.web_url issue.web_url issue.permalink url event.url issue.url "
         "event.issue_url"),
-    "category": (text, "issue.issueCategory", occurrence_category, "event.occurrence.type",
+    "category": (text, "issue.issueCategory kind",
         found_in("^(csp|hpkp|expectct|expectstaple|nel|feedback)$"), "event.type"),
 })  # fmt: skip
 
@@ -374,14 +353,13 @@ def find_error(payload):
     action = text(payload.get("action"))
     data = as_dict(payload.get("data"))
     is_new = action in ("created", "unresolved") and data.get("activity") is None
-    is_legacy = not action and payload.get("data") is None
     if isinstance(data.get("error"), dict):
         found = data | {"event": data["error"], "shape": "error"}
     elif isinstance(data.get("event"), dict):
         found = data | {"shape": "event_alert"}
     elif is_new and isinstance(data.get("issue"), dict):
         found = data | {"event": {}, "shape": "issue"}
-    elif is_legacy and isinstance(payload.get("event"), dict):
+    elif not action and payload.get("data") is None and isinstance(payload.get("event"), dict):
         found = payload | {"issue": payload.get("group"), "shape": None}
     else:
         return None
@@ -398,12 +376,11 @@ def find_exceptions(event):
     for exception in reversed(sent if main_id else []):
         if identifier(as_dict(exception.get("mechanism")).get("exception_id")) == main_id:
             main = exception
-    kept = sent[-EXCEPTIONS:]
-    if len(sent) == len(kept):
-        return kept, main
-    if all(exception is not main for exception in kept):
-        kept[0] = main
-    return [{"type": REST}, *kept], main
+    if len(sent) > EXCEPTIONS:
+        sent = [{"type": REST}, *sent[-EXCEPTIONS:]]
+        if all(exception is not main for exception in sent):
+            sent[1] = main
+    return sent, main
 
 
 def parse_error(payload, resource, received_at):
@@ -413,9 +390,12 @@ def parse_error(payload, resource, received_at):
         return None
     event = error["event"]
     error |= {"header": resource, "received_at": received_at, "tags": pairs(event.get("tags"))}
+    error["first_rule"] = next(iter(only(list)(error.get("triggering_rules"), [])), None)
     _, error["main"] = find_exceptions(event)
-    if not as_dict(event.get("occurrence")):  # whose metadata are those of no exception
-        error["cause"] = error["metadata"]
+    occurrence = as_dict(event.get("occurrence"))
+    error["cause"] = None if occurrence else error["metadata"]  # No exception has an occurrence's.
+    number = integer(occurrence.get("type"))
+    error["kind"] = None if number is None else OCCURRENCES.get(number // 1000, "other")
     row = apply(FIELDS, error)
     type_and_value = filter(None, (row["exception_type"], row["exception_value"]))
     row["title"] = row["title"] or ": ".join(type_and_value) or text(error.get("message"))
@@ -427,11 +407,11 @@ def parse_error(payload, resource, received_at):
 def identity(row, body):
     """Return the text by which a delivery's row is known to be of the same error as another."""
     is_usual = row["action"] in (None, "created", "triggered")
-    server = row["server"] or ""
+    project = row["project_id"] or row["project_slug"] or ""
     if is_usual and row["event_id"]:  # which is first, because the index finds it so
-        return f"{row['event_id']} {server} {row['project_id'] or row['project_slug'] or ''}"
+        return f"{row['event_id']} {row['server'] or ''} {project}"
     if is_usual and row["issue_id"]:
-        return f"issue {row['issue_id']} {server}"
+        return f"issue {row['issue_id']} {row['server'] or ''}"
     return hashlib.sha256(body).hexdigest()[:32]
 
 
@@ -447,11 +427,10 @@ FRAME = table({
     "filename": text, "abs_path": "abs_path absPath", "module function": text,
     "lineno": (integer, "lineno lineNo"), "colno": (integer, "colno colNo"),
     "in_app": (only(bool), "in_app inApp"), "pre_context": only(list), "context_line": only(str),
-    "post_context": only(list), "package": text,
-    "instruction_addr": (identifier, "instruction_addr instructionAddr"), "vars": only(dict),
-})  # fmt: skip
+    "post_context": only(list), "package": text, "instruction_addr":
+    (identifier, "instruction_addr instructionAddr"), "vars": only(dict)})  # fmt: skip
 EXCEPTION = table({"type value module": text, "mechanism": only(object)})
-CRUMB = table({"timestamp": moment, "type category level message": text, "data": only(object)})
+CRUMB = table({"timestamp": moment, "type category level message": text})
 REQUEST = table({"method url": text, "query": (only(object), "query_string query"),
     "headers": pairs, "data": only(object)})  # fmt: skip
 PARTS = table({"user contexts extra csp": only(dict)})
@@ -462,27 +441,22 @@ PROBLEM = table({"type name": text, "value": "value url"})
 TEMPLATE = table({"filename context_line": text, "lineno": integer})
 CLUE = table({"omitted": (only(list), "stacktrace.frames_omitted"),
     "signal": "mechanism.meta.signal.name mechanism.meta.mach_exception.name"})  # fmt: skip
-THREAD = table({"name state": text})
-
-
-def frames_of(holder):
-    """Return the newest frames of an exception, a thread or an event as sent, one too many."""
-    return objects(as_dict(holder.get("stacktrace")).get("frames"), FRAMES + 1)
 
 
 def parse_frames(holder, room):
     """Return the frames of a holder, the oldest call first, where a first one says it was cut."""
-    sent = frames_of(holder)
+    sent = objects(as_dict(holder.get("stacktrace")).get("frames"), FRAMES + 1)
     parsed = []
     for frame in reversed(sent[-FRAMES:] if room[0] > 0 else []):  # The newest get the room.
-        room[0] -= 20
         found = apply(FRAME, frame)
-        if found["context_line"]:
-            found["context_line"] = parse_line(found["context_line"], found["colno"])
+        line = found["context_line"]
+        found["context_line"] = line and parse_line(line, found["colno"])
         for key, kept in (("pre_context", slice(-NEAREST, None)), ("post_context", slice(NEAREST))):
             if found[key]:
                 found[key] = [parse_line(line) for line in found[key][kept]]
+                room[0] -= sum(map(len, found[key])) // 32
         found["vars"] = launder(found["vars"], room)
+        room[0] -= 20 + sum(len(it) for it in found.values() if isinstance(it, str)) // 32
         parsed.append(found)
     if len(sent) > len(parsed):
         parsed.append(apply(FRAME, {"function": REST}))
@@ -493,24 +467,24 @@ def parse_exceptions(error, room):
     """Return an event's exceptions, the inner cause first, and the stacktrace of the crash."""
     event = error["event"]
     exceptions, main = find_exceptions(event)
-    threads = objects(event.get("threads"))
-    thread_id = identifier(main.get("thread_id")) or REST
-    holders = [main] + [thread for thread in threads if identifier(thread.get("id")) == thread_id]
-    if not any(map(frames_of, exceptions)):
-        threads.sort(key=lambda it: (it.get("crashed") is not True, it.get("current") is not True))
-        place = shape(FRAME, error["metadata"])
-        holders += [*threads, event, {"stacktrace": {"frames": [place]}}]
-    crash = next(filter(frames_of, holders), main)
-    stacktrace = []
     parsed = []
     for exception in reversed(exceptions):
         found = apply(EXCEPTION, exception) | {"main": exception is main}
         found["mechanism"] = launder(found["mechanism"], room)
-        found["frames"] = parse_frames(crash if found["main"] else exception, room)
-        if found["main"] or not stacktrace:
-            stacktrace = found["frames"] or stacktrace
+        found["frames"] = parse_frames(exception, room)
         parsed.append(found)
-    return parsed[::-1], stacktrace or parse_frames(crash, room)
+    threads = objects(event.get("threads"))
+    thread_id = identifier(main.get("thread_id")) or REST
+    holders = [thread for thread in threads if identifier(thread.get("id")) == thread_id]
+    crash = next((found for found in parsed if found["main"]), {"frames": []})
+    with_frames = [found for found in parsed if found["frames"]]
+    if not with_frames:
+        threads.sort(key=lambda it: (it.get("crashed") is not True, it.get("current") is not True))
+        holders += [*threads, event, {"stacktrace": {"frames": [shape(FRAME, error["metadata"])]}}]
+    for holder in holders:
+        crash["frames"] = crash["frames"] or parse_frames(holder, room)
+    stacktrace = crash["frames"] or [*with_frames, crash][0]["frames"]
+    return {"exceptions": parsed[::-1], "stacktrace": stacktrace}
 
 
 def parse_request(request, room):
@@ -523,11 +497,9 @@ def parse_request(request, room):
         with suppress(ValueError, RecursionError):  # of text that is no JSON
             found["data"] = json.loads(body)
     found = launder(found, room)
-    query = found["query"]
-    items = as_dict(query).items()
-    if isinstance(query, list):
-        items = [pair for pair in query if isinstance(pair, list) and len(pair) == 2]
-    found["query"] = "&".join(f"{name}={value or ''}" for name, value in items) or text(query)
+    items = only(list)(found["query"]) or as_dict(found["query"]).items()
+    query = [f"{it[0]}={it[1] or ''}" for it in items if isinstance(it, list | tuple) and it[1:]]
+    found["query"] = "&".join(query) or text(found["query"])
     return found | {"headers": texts(found["headers"])}
 
 
@@ -536,20 +508,17 @@ def parse_detail(payload):
     error = find_error(payload)
     event = error["event"]
     room = [VALUES]
-    exceptions, stacktrace = parse_exceptions(error, room)
     crumbs = objects(event.get("breadcrumbs"))
-    with suppress(TypeError):  # of one without a time, which cannot be compared
-        crumbs.sort(key=lambda crumb: parse_time(crumb.get("timestamp")))  # SDKs append older ones
-    crumbs = [apply(CRUMB, crumb) for crumb in crumbs[-NEAREST:]]
-    for crumb in crumbs:
-        crumb["data"] = launder(crumb["data"], room)
+    with suppress(TypeError):  # One without a time cannot be compared. SDKs append older ones.
+        crumbs = sorted(crumbs, key=lambda crumb: parse_time(crumb.get("timestamp")))
     return {
-        "exceptions": exceptions,
-        "stacktrace": stacktrace,
+        **parse_exceptions(error, [VALUES]),
         "tags": texts(launder(pairs(event.get("tags")), room)) or {},
         "actor": shape(ACTOR, payload.get("actor")),
         "request": parse_request(event.get("request"), room),
-        "breadcrumbs": crumbs,
+        "breadcrumbs": [
+            apply(CRUMB, it) | {"data": launder(it.get("data"), room)} for it in crumbs[-NEAREST:]
+        ],
         **launder(apply(PARTS, event), room, depth=DEPTH + 1),
         "issue_stats": shape(ISSUE_STATS, error["issue"]),
     }
@@ -563,7 +532,6 @@ def parse_clues(payload):
     for clue in clues:
         if [type(number) for number in clue["omitted"] or []] != [int, int]:
             clue["omitted"] = None
-    problems = launder(objects(event.get("errors"))[:NEAREST], room)
     evidence = pairs(as_dict(event.get("occurrence")).get("evidenceDisplay"))
     holders = []
     for thread in objects(event.get("threads")):
@@ -572,9 +540,10 @@ def parse_clues(payload):
             frames = parse_frames(thread, room)
             own = [frame for frame in frames if frame["in_app"]] or frames or [None]
             words = [json.dumps(lock) for lock in launder(locks, room)]
-            holders.append(apply(THREAD, thread) | {"locks": words, "frame": own[-1]})
+            named = {key: text(thread.get(key)) for key in ("name", "state")}
+            holders.append(named | {"locks": words, "frame": own[-1]})
     return {
-        "errors": [apply(PROBLEM, problem) for problem in problems],
+        "errors": [apply(PROBLEM, it) for it in launder(objects(event.get("errors"))[:20], room)],
         "omitted": [clue["omitted"] for clue in clues],  # an item for each exception
         "signals": [clue["signal"] for clue in clues],
         "template": shape(TEMPLATE, event.get("template")),
