@@ -9,19 +9,19 @@ from pathlib import Path
 # Most lines of a file, or of the files of a pattern together. Where the aim of the minimal
 # collector is not reached yet, it stands behind the figure of today.
 FILES = {
-    "collector.py": 2876,  # 2400
+    "collector.py": 2424,  # 2400
     "worker.py": 220,
     "gunicorn.conf.py": 60,
     "entrypoint.sh": 15,
     "schema.sql": 100,
     "templates/*": 520,
-    "tests/*.py": 6344,  # 5900
+    "tests/*.py": 6103,  # 5900
     "tests/benchmark.py": 400,
     "README.md": 200,
     ".ci/budget.py": 80,
 }
 SECTIONS = {
-    "Parsing": 952,  # 500
+    "Parsing": 500,
     "Storage": 600,
     "Intake": 173,  # 155
     "Presentation": 310,
