@@ -33,7 +33,7 @@ from collections import namedtuple
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing, contextmanager, suppress
 from datetime import UTC, datetime, timedelta
-from itertools import islice
+from itertools import groupby, islice
 from pathlib import Path
 from urllib.parse import urlencode
 
@@ -1216,8 +1216,7 @@ class Store:
             if was_paused:  # the database, which nobody has asked yet, is all that is left
                 self.database.paused_until = -math.inf
                 return self.keep(body, resource, received_at)
-            log.critical("LOST a delivery: it can neither be stored nor spooled: %s", error)
-            self.report(error)
+            self.log_failure("LOST a delivery: it can neither be stored nor spooled", error)
             raise Refused("disk", str(error)) from None
         self.count("queued", reason)
         return "queued", None
@@ -1464,13 +1463,11 @@ def own_frame(frames):
 
 def fold(frames, marked):
     """Return runs of frames as (True for library code, frames), the crash never in one of these."""
-    runs = []
-    for frame in frames:
-        is_library = marked and not frame["in_app"] and frame is not frames[-1]
-        if not runs or runs[-1][0] != is_library:
-            runs.append((is_library, []))
-        runs[-1][1].append(frame)
-    return runs
+
+    def is_library(frame):
+        return marked and not frame["in_app"] and frame is not frames[-1]
+
+    return [(is_folded, list(run)) for is_folded, run in groupby(frames, is_library)]
 
 
 def place(frame):
@@ -1938,11 +1935,9 @@ def tell(reason, detail):
 
 def log_delivery(outcome):
     """Log a line about a delivery, with nothing of its content."""
-    ids = []
-    for name in ("Sentry-Hook-Resource", "Request-ID"):
-        ids.append(UNSAFE.sub("?", request.headers.get(name, "-"))[:40])
-    milliseconds = (time.monotonic() - g.started) * 1000
-    log.info("webhook %s; %s; %.0f ms", outcome, " ".join(ids), milliseconds)
+    given = [request.headers.get(name, "-") for name in ("Sentry-Hook-Resource", "Request-ID")]
+    ids = " ".join(UNSAFE.sub("?", value)[:40] for value in given)
+    log.info("webhook %s; %s; %.0f ms", outcome, ids, (time.monotonic() - g.started) * 1000)
 
 
 def caller():
@@ -2058,11 +2053,11 @@ def show_list(kind, form, query):
 
 def next_page(walk, query):
     """Return the path where a list goes on, None at its end."""
-    is_poller = "after" in query  # who goes on for ever
-    if walk.is_finished and not is_poller:
+    if walk.is_finished and "after" not in query:  # with which a poller goes on for ever
         return None
-    place = {"after" if is_poller else "before": walk.last_id}
-    return f"{request.path.rstrip('/')}?{urlencode(request.args.to_dict() | place)}"
+    direction = "after" if "after" in query else "before"
+    parameters = request.args.to_dict() | {direction: walk.last_id}
+    return f"{request.path.rstrip('/')}?{urlencode(parameters)}"
 
 
 def respond(content, form, following=None):
@@ -2162,19 +2157,12 @@ def describe_state():
 
 def describe_config():
     """Return the settings without secrets, and what depends on the machine."""
-    database = store().database
-    settings = dict(store().settings)
-    config = {}
-    for name in ("SENTRY_DSN", "SENTRY_CLIENT_SECRET", "API_TOKEN"):
-        config[f"{name.lower()}_set"] = bool(settings.pop(name))
-    path = settings.pop("DATABASE_URL")
-    config |= {name.lower(): value for name, value in settings.items()}
-    return config | {
-        "database_path": str(path),
-        "journal_mode": database.journal_mode,
-        "sqlite_version": sqlite3.sqlite_version,
-        "version": VERSION,
-    }
+    config = {name.lower(): value for name, value in store().settings.items()}
+    for name in ("sentry_dsn", "sentry_client_secret", "api_token"):
+        config[f"{name}_set"] = bool(config.pop(name))
+    config["database_path"] = str(config.pop("database_url"))
+    config["journal_mode"] = store().database.journal_mode
+    return config | {"sqlite_version": sqlite3.sqlite_version, "version": VERSION}
 
 
 def reply_with_error(status, words, headers=()):
