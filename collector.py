@@ -340,7 +340,7 @@ FIELDS = table({
     "project_slug": (text, "issue.project.slug project_slug project project.slug",
         found_in("/api/0/projects/[^/]+/([^/]+)/events/"), "event.url"),
     "project_name": "issue.project.name project_name project.name",
-    "permalink": "event.web_url issue.web_url issue.permalink url",
+    "permalink": "event.web_url url hook.url issue.web_url issue.permalink",
     "server": (server_of, "event.web_url issue.web_url issue.permalink url event.url issue.url "
         "event.issue_url"),
     "category": (text, "issue.issueCategory kind",
@@ -360,7 +360,7 @@ def find_error(payload):
     elif is_new and isinstance(data.get("issue"), dict):
         found = data | {"event": {}, "shape": "issue"}
     elif not action and payload.get("data") is None and isinstance(payload.get("event"), dict):
-        found = payload | {"issue": payload.get("group"), "shape": None}
+        found = payload | {"issue": payload.get("group"), "hook": payload["event"], "shape": None}
     else:
         return None
     issue = as_dict(found.get("issue"))
