@@ -1675,7 +1675,6 @@ SECONDS = {"m": 60, "h": 3600, "d": 86400, "w": 604800}  # of the units of a tim
 LATEST_SECONDS = 0.7  # longest search for one error
 EXPORT_ROWS = 100  # rows that an export reads at a time
 CHALLENGE = WWWAuthenticate("basic", {"realm": "Sentry Error Collector", "charset": "UTF-8"})
-RETRY_AFTER = "5"  # seconds, with a 503
 UNSAFE = re.compile(r"[^\w.:/-]", re.ASCII)  # what could end a log line or pass for another
 REPLY_BYTES = 1024  # bytes of a refusal that Sentry keeps for the integration's owner to read
 STATUSES = {"stored": 201, "duplicate": 200, "queued": 202}  # of the reply, by outcome
@@ -2168,7 +2167,7 @@ def describe_config():
 def reply_with_error(status, words, headers=()):
     """Reply with the one error shape, or with a page of the same words to browsers."""
     if status == 503:
-        headers = [*headers, ("Retry-After", RETRY_AFTER)]
+        headers = [*headers, ("Retry-After", "5")]
     if preferred_form(PAGE_FORMS) == "html":
         page = render_template("error.html", status=status, words=words)
         return Response(page, status, headers, mimetype="text/html")
@@ -2205,16 +2204,12 @@ def handle_refusal(refused):
 
 
 def handle_failure(error):
-    """Reply to a read that the database, its disk, the memory or the clock ended."""
-    store().log_failure("cannot read", error)
+    """Reply to a failure of the database, its disk or the memory, or to a fault of our own."""
+    store().log_failure(f"failure in {request.endpoint}", error)
+    if not isinstance(error, sqlite3.Error | OSError | MemoryError):
+        return reply_with_error(500, "A fault of the collector's own; its log says more.")
     store().database.close()
     return reply_with_error(503, f"The database cannot be read: {error}; {cure_of(error)}.")
-
-
-def handle_fault(error):
-    """Reply to a fault of the collector's own."""
-    store().log_failure(f"fault in {request.endpoint}", error)
-    return reply_with_error(500, "A fault of the collector's own; its log says more.")
 
 
 def finish_reply(response):
@@ -2352,8 +2347,6 @@ def start_reports(dsn):
             before_send=scrub,
             default_integrations=False,
             include_local_variables=False,
-            include_source_context=False,
-            send_client_reports=False,
         )
     except (sentry_sdk.utils.BadDsn, ValueError):
         fail("SENTRY_DSN", *SETTINGS["SENTRY_DSN"][2:])
@@ -2395,9 +2388,7 @@ def create_app(config=None):
     app.after_request(finish_reply)
     app.register_error_handler(HTTPException, handle_http_error)
     app.register_error_handler(Refused, handle_refusal)
-    for kind in (sqlite3.Error, OSError, MemoryError):
-        app.register_error_handler(kind, handle_failure)
-    app.register_error_handler(Exception, handle_fault)
+    app.register_error_handler(Exception, handle_failure)
     return app
 
 

@@ -9,13 +9,13 @@ from pathlib import Path
 # Most lines of a file, or of the files of a pattern together. Where the aim of the minimal
 # collector is not reached yet, it stands behind the figure of today.
 FILES = {
-    "collector.py": 2424,  # 2400
+    "collector.py": 2403,  # 2400
     "worker.py": 220,
     "gunicorn.conf.py": 60,
     "entrypoint.sh": 15,
     "schema.sql": 100,
     "templates/*": 520,
-    "tests/*.py": 6103,  # 5900
+    "tests/*.py": 5900,
     "tests/benchmark.py": 400,
     "README.md": 200,
     ".ci/budget.py": 80,
@@ -23,7 +23,7 @@ FILES = {
 SECTIONS = {
     "Parsing": 500,
     "Storage": 600,
-    "Intake": 173,  # 155
+    "Intake": 172,  # 155
     "Presentation": 310,
     "Web": 600,
     "Wiring": 190,

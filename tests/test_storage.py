@@ -290,7 +290,7 @@ def test_a_fault_of_its_own_is_logged_without_a_word_of_a_delivery(app, path, lo
     reply = client.get("/errors/1")
     assert (reply.status_code, list(reply.json)) == (500, ["error"])
     words = "\n".join(log())
-    assert "fault in web.show_error: AttributeError" in words and "in find_error" in words
+    assert "failure in web.show_error: AttributeError" in words and "in find_error" in words
     assert "hunter2" not in words
 
 
