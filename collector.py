@@ -248,6 +248,7 @@ def launder(value, room, name="", depth=DEPTH):
     if is_number:
         return value if abs(value) < 2**63 else str(value)  # which not all readers of JSON take
     most = ITEMS if depth and room[0] > 0 else 0
+    rest = [REST] * (len(value) > most)  # one or none
     if isinstance(value, list):
         copy = []
         before = ""
@@ -255,14 +256,14 @@ def launder(value, room, name="", depth=DEPTH):
             copy.append(launder(item, room, before, depth - 1))
             may_be_name = len(value) % 2 == 0 and isinstance(item, str) and len(item) < NAME_LENGTH
             before = item if may_be_name and NAME.fullmatch(item) else ""
-        return copy if len(value) <= most else [*copy, REST]
+        return copy + rest
     copy = {}
     label = value.get("name") or value.get("key")
     for key, item in islice(value.items(), most):
         shown = clean(cut(key, NAME_LENGTH))
         is_labelled = key == "value" and isinstance(label, str)
         copy[shown] = launder(item, room, label[:NAME_LENGTH] if is_labelled else shown, depth - 1)
-    return copy if len(value) <= most else copy | {REST: REST}
+    return copy | dict.fromkeys(rest, REST)
 
 
 def texts(value):
@@ -303,7 +304,9 @@ def apply(rows, source):
 def shape(rows, source):
     """Return what a table finds in a dict, None if it finds nothing."""
     found = apply(rows, source)
-    return None if all(value is None for value in found.values()) else found
+    if all(value is None for value in found.values()):
+        return None
+    return found
 
 
 def only(kind):
@@ -320,7 +323,7 @@ def found_in(pattern):
 FIELDS = table({
     "received_at": text, "action": text, "resource": "header shape", "short_id": "issue.shortId",
     "timestamp": (moment, "event.datetime event.timestamp event.received event.dateCreated "
-        "event.dateReceived issue.lastSeen issue.firstSeen received_at"),
+        "event.dateReceived issue.lastSeen issue.firstSeen", text, "received_at"),
     "event_id": (identifier, "event.event_id event.eventID event.id"),
     "issue_id": (identifier, "event.issue_id", found_in("/issues/([0-9]+)"), "event.issue_url "
         "event.web_url", identifier, "issue.id id event.groupID"),
@@ -371,11 +374,8 @@ def find_error(payload):
 def find_exceptions(event):
     """Return an event's exceptions as sent, the inner cause first, and the main one or {}."""
     sent = objects(event.get("exception")) or objects(event.get("exceptions"))
-    main = (sent or [{}])[-1]  # the outermost, unless Sentry names another by its id
-    main_id = identifier(event.get("main_exception_id"))
-    for exception in reversed(sent if main_id else []):
-        if identifier(as_dict(exception.get("mechanism")).get("exception_id")) == main_id:
-            main = exception
+    by_id = {identifier(as_dict(it.get("mechanism")).get("exception_id")): it for it in sent[::-1]}
+    main = by_id.get(identifier(event.get("main_exception_id")) or REST, (sent or [{}])[-1])
     if len(sent) > EXCEPTIONS:
         sent = [{"type": REST}, *sent[-EXCEPTIONS:]]
         if all(exception is not main for exception in sent):
@@ -393,9 +393,9 @@ def parse_error(payload, resource, received_at):
     error["first_rule"] = next(iter(only(list)(error.get("triggering_rules"), [])), None)
     _, error["main"] = find_exceptions(event)
     occurrence = as_dict(event.get("occurrence"))
-    error["cause"] = None if occurrence else error["metadata"]  # No exception has an occurrence's.
+    error["cause"] = not occurrence and error["metadata"]  # An occurrence's has none.
     number = integer(occurrence.get("type"))
-    error["kind"] = None if number is None else OCCURRENCES.get(number // 1000, "other")
+    error["kind"] = number is not None and OCCURRENCES.get(number // 1000, "other")
     row = apply(FIELDS, error)
     type_and_value = filter(None, (row["exception_type"], row["exception_value"]))
     row["title"] = row["title"] or ": ".join(type_and_value) or text(error.get("message"))
