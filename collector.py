@@ -1463,11 +1463,8 @@ def own_frame(frames):
 
 def fold(frames, marked):
     """Return runs of frames as (True for library code, frames), the crash never in one of these."""
-
-    def is_library(frame):
-        return marked and not frame["in_app"] and frame is not frames[-1]
-
-    return [(is_folded, list(run)) for is_folded, run in groupby(frames, is_library)]
+    runs = groupby(frames, lambda it: marked and not it["in_app"] and it is not frames[-1])
+    return [(is_library, list(run)) for is_library, run in runs]
 
 
 def place(frame):
@@ -1645,8 +1642,7 @@ PAGE_FILTERS = {
 # --------------------------------------------------------------------------------------------------
 
 web = Blueprint("web", __name__, cli_group=None)
-TEMPLATES = Path(__file__).with_name("templates")
-STYLE = (TEMPLATES / "style.css").read_text(encoding="utf-8")
+STYLE = Path(__file__).with_name("templates").joinpath("style.css").read_text(encoding="utf-8")
 STYLE_DIGEST = base64.b64encode(hashlib.sha256(STYLE.encode()).digest()).decode()
 HEADERS = {  # of every reply: they keep hostile text harmless, and replies out of shared caches
     "Content-Security-Policy": f"default-src 'none'; style-src 'sha256-{STYLE_DIGEST}'; "

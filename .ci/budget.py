@@ -9,7 +9,7 @@ from pathlib import Path
 # Most lines of a file, or of the files of a pattern together. Where the aim of the minimal
 # collector is not reached yet, it stands behind the figure of today.
 FILES = {
-    "collector.py": 2403,  # 2400
+    "collector.py": 2400,
     "worker.py": 220,
     "gunicorn.conf.py": 60,
     "entrypoint.sh": 15,
