@@ -1175,8 +1175,8 @@ class Store:
         self.counts = {}  # (count, time of the last) by (outcome, reason), not written yet
         self.deleted = 0  # expired errors since the last log line about them
         self.failures = {}  # words of the last failure by step of maintenance, logged once
-        steps = self.write_counts, self.move_spooled, self.prune
-        self.due = dict.fromkeys(steps, -math.inf)  # monotonic time, by step of maintenance
+        # Monotonic time at which a step of maintenance is due.
+        self.due = dict.fromkeys((self.write_counts, self.move_spooled, self.prune), -math.inf)
 
     def upgrade(self):
         """Bring the database to this code's version, in a child that ends with its parent."""
@@ -1190,7 +1190,6 @@ class Store:
                 if not is_busy(error):
                     break
             time.sleep(1)
-        self.database.close()
 
     def keep(self, body, resource, received_at):
         """Store a delivery, or spool it whatever fails, because Sentry will not send it again.
@@ -1222,10 +1221,7 @@ class Store:
         return "queued", None
 
     def store(self, body, resource, received_at, wanted, seconds=TURN_SECONDS):
-        """Commit a delivery's error. Return "stored" or "duplicate", and the error's id.
-
-        Raises Refused if it holds none, or one by an action that is not among the `wanted` ones.
-        """
+        """Commit a delivery's error, or raise Refused if it is unwanted. Return outcome and id."""
         payload = parse_body(body)
         row = parse_error(payload, resource, received_at)
         action = text(payload.get("action"))
@@ -1244,19 +1240,6 @@ class Store:
         """Count a delivery, in memory for about a second. Outcome and reason are a fixed few."""
         number, _ = self.counts.get((outcome, reason), (0, None))
         self.counts[outcome, reason] = (number + 1, now())
-
-    def health(self):
-        """Return the JSON of /health, by its status what comes of a delivery now."""
-        try:
-            check_writable(self.database)
-            return {"status": "ok"}
-        except (sqlite3.Error, OSError) as error:
-            problem = f"The database takes no rows: {error}; {cure_of(error)}."
-        try:
-            self.spool.check_room(0)
-            return {"status": "spooling", "problem": problem, "spooled": len(self.spool.files())}
-        except OSError as error:
-            return {"status": "refusing", "problem": str(error)}
 
     def log_failure(self, what, error):
         """Log and report a failure, with nothing of a delivery's content."""
@@ -1866,7 +1849,7 @@ def show_metrics():
     state = describe_state()
     last_at = state["last_delivery_at"]
     seconds = last_at and datetime.fromisoformat(last_at).timestamp()
-    values = {"last_delivery_seconds": seconds, "health": store().health()}
+    values = {"last_delivery_seconds": seconds, "health": describe_health()}
     words = render_template("metrics.txt", **state, **values)
     return Response(words, content_type="text/plain; version=0.0.4; charset=utf-8")
 
@@ -1874,7 +1857,7 @@ def show_metrics():
 @web.get("/health")
 def show_health():
     """Show whether a delivery that comes in now is taken: ok, spooling, or 503."""
-    health = store().health()
+    health = describe_health()
     if health["status"] == "refusing":
         abort(503, tell("disk", health["problem"]) + ".")
     return Response(as_json(health), mimetype=JSON)
@@ -2158,6 +2141,20 @@ def describe_config():
     config["database_path"] = str(config.pop("database_url"))
     config["journal_mode"] = store().database.journal_mode
     return config | {"sqlite_version": sqlite3.sqlite_version, "version": VERSION}
+
+
+def describe_health():
+    """Return the JSON of /health, by its status what comes of a delivery now."""
+    try:
+        check_writable(store().database)
+        return {"status": "ok"}
+    except (sqlite3.Error, OSError) as error:
+        problem = f"The database takes no rows: {error}; {cure_of(error)}."
+    try:
+        store().spool.check_room(0)
+    except OSError as error:
+        return {"status": "refusing", "problem": str(error)}
+    return {"status": "spooling", "problem": problem, "spooled": len(store().spool.files())}
 
 
 def reply_with_error(status, words, headers=()):

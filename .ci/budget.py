@@ -6,8 +6,7 @@ import sys
 from collections import Counter
 from pathlib import Path
 
-# Most lines of a file, or of the files of a pattern together. Where the aim of the minimal
-# collector is not reached yet, it stands behind the figure of today.
+# Most lines of a file, or of the files of a pattern together.
 FILES = {
     "collector.py": 2400,
     "worker.py": 220,
@@ -23,7 +22,7 @@ FILES = {
 SECTIONS = {
     "Parsing": 500,
     "Storage": 600,
-    "Intake": 172,  # 155
+    "Intake": 155,
     "Presentation": 310,
     "Web": 600,
     "Wiring": 190,

@@ -608,9 +608,9 @@ def test_a_backup_of_a_service_at_rest_leaves_nothing_beside_the_database(app, p
 
 
 def test_a_backup_during_which_the_service_starts_is_refused(app, path, tmp_path):
-    store = core(app())
-    store.health()
-    store.close()
+    client = app()
+    client.get("/health")
+    core(client).close()
     write(path, "CREATE TABLE ballast AS SELECT zeroblob(64000000)")
     part = tmp_path / "copy.db.part"
     process = start_backup(path, tmp_path / "copy.db", tmp_path)
