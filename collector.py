@@ -74,11 +74,11 @@ SECRET_NAME = re.compile(
     r"|license)[-_. ]?key|(?<![a-z])(?:dsn|jwt|bearer|pw(?![a-z])"
     r"|(?:pass|o?auth|creds|sid|sig|t?otp|cvv)$)")  # fmt: skip
 NAME = re.compile(r" ?[^\s=]+(?:(?<!:) [^\s=]+){0,2}")  # of a parameter or in a list: no prose
-PARAMETER = re.compile(r"((?:^|(?<=[?&;#]))([^?&;#=]{1,200})=)[^?&;#]*")  # up to its value, all
+PARAMETER = re.compile(r"((?:^|(?<=[?&;#\n]))([^?&;#=\n]{1,200})=)[^?&;#\n]*")  # its name, all
 COUNT_NAME = re.compile(r"(?i)tokens$|max|(?<!ac)count|total|limit|duration|length")  # no secrets
 MEMBER_NAME = re.compile(r"""["']([^"']{1,200})["']\s*:\s*""")  # in JSON or Python's form
-URL = re.compile(r"(?<=://)[^\s\"'<>]+")
-URL_PASSWORD = re.compile(r"(://[^/?#\s:@]*:)[^/?#\s]+(?=@|…$)")  # "…": it was cut
+URL = re.compile(r"(?:(?<=://)|(?<![\w/.:])/)[^\s\"'<>]+")  # whole, or a path
+URL_PASSWORD = re.compile(r"(://[^/?#\s:]*:)(?![0-9]+\.{3}$)[^/?#\s]+(?=@|…$|\.{3}$)")  # or cut
 SERVER = re.compile(r"^https?://(?:[^/?#\s]*@)?((?:[^/?#\s:@\\]+|\[[0-9a-f:.]+\])"
     r"(?::(?!80\b|443\b)[0-9]{1,5})?)(?::80|:443)?(?:[/?#]|$)")  # fmt: skip
 OCCURRENCES = {1: "performance", 2: "profile", 3: "ai_detected", 4: "cron", 5: "replay",
@@ -128,7 +128,7 @@ def clean(value):
     """Return text that SQLite and UTF-8 can hold, without the secrets of URLs in it."""
     if not value.isascii():  # Most text is, and the round trip takes time.
         value = value.encode("utf-8", "replace").decode("utf-8")
-    if "://" in value and ("=" in value or "@" in value or REST in value):
+    if "/" in value and ("=" in value or "@" in value or value[-1] in ".…"):
         value = URL_PASSWORD.sub(rf"\1{MASK}", value)
         value = URL.sub(lambda url: PARAMETER.sub(mask, url[0]), value)
     return value.replace("\0", "\ufffd")
@@ -209,6 +209,7 @@ def pairs(value):
 @functools.lru_cache(maxsize=4096)
 def is_secret(name):
     """Return True if a value of this name is a secret, however the parts of the name are joined."""
+    name = name.strip("'\"[] ")  # as Python's variables and PHP's parameters have them
     if not name.islower():
         name = re.sub(r"(?<=[a-z0-9])(?=[A-Z])", "_", name).lower()  # dbPass
     return SECRET_NAME.search(name) is not None
@@ -304,9 +305,7 @@ def apply(rows, source):
 def shape(rows, source):
     """Return what a table finds in a dict, None if it finds nothing."""
     found = apply(rows, source)
-    if all(value is None for value in found.values()):
-        return None
-    return found
+    return None if all(value is None for value in found.values()) else found
 
 
 def only(kind):
@@ -496,7 +495,8 @@ def parse_request(request, room):
     if isinstance(body, str) and body.lstrip()[:1] in ("{", "[") and len(body) <= JSON_LENGTH:
         with suppress(ValueError, RecursionError):  # of text that is no JSON
             found["data"] = json.loads(body)
-    found = launder(found, room)
+    for key, value in found.items():
+        found[key] = launder(value, room, key)
     items = only(list)(found["query"]) or as_dict(found["query"]).items()
     query = [f"{it[0]}={it[1] or ''}" for it in items if isinstance(it, list | tuple) and it[1:]]
     found["query"] = "&".join(query) or text(found["query"])
@@ -519,7 +519,7 @@ def parse_detail(payload):
         "breadcrumbs": [
             apply(CRUMB, it) | {"data": launder(it.get("data"), room)} for it in crumbs[-NEAREST:]
         ],
-        **launder(apply(PARTS, event), room, depth=DEPTH + 1),
+        **{key: launder(it, room) for key, it in apply(PARTS, event).items()},
         "issue_stats": shape(ISSUE_STATS, error["issue"]),
     }
 

@@ -653,6 +653,12 @@ LEAKS = {
     "a list under a secret name": {"extra": {"v": '{"password":["x","hush"],"a":1}'}},
     "a body that was cut": {"request": {"data": '{"user":{"password":"hush"},"x":"'}},
     "a problem": {"errors": [{"type": "invalid_data", "name": "password", "value": "hush"}]},
+    "a name in quotes": {"stacktrace": {"frames": [{"vars": {"a": {"'pass'": "hush"}}}]}},
+    "a name in brackets": {"request": {"query_string": "user[pass]=hush"}},
+    "a path in words": {"title": "GET /reset?token=hush 500"},
+    "a user with an address": {"title": "smtp://me@example.com:hush@example.com"},
+    "a URL that Sentry cut": {"title": "cannot reach postgres://app:hush..."},
+    "a line of text": {"request": {"data": "user=a\r\npassword=hush"}},
     "a problem with a cookie": {"errors": [{"name": "request.cookies", "value": "sid=hush"}]},
 }
 
@@ -662,6 +668,16 @@ def test_what_once_showed_a_secret_hides_it(name):
     payload = event_payload(**LEAKS[name])
     shown = json.dumps([row_of(payload), parse_detail(payload), parse_clues(payload)])
     assert "hush" not in shown and "[masked]" in shown
+
+
+@pytest.mark.parametrize("part", ["tags", "extra"])
+def test_every_key_is_there_however_much_another_holds(part):
+    values = {f"k{number}": "x" * 8000 for number in range(400)}
+    event = {"request": {"url": "https://h/"}, "user": {"id": 1}, part: values}
+    payload = event_payload(**event)
+    detail = parse_detail(payload)
+    assert detail.keys() == NO_DETAIL.keys()
+    assert detail["request"].keys() == {"method", "url", "query", "headers", "data"}
 
 
 def test_words_beside_a_url_stay_and_so_does_a_url_without_secrets():
