@@ -33,7 +33,7 @@ from collections import namedtuple
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing, contextmanager, suppress
 from datetime import UTC, datetime, timedelta
-from itertools import groupby, islice
+from itertools import chain, groupby, islice
 from pathlib import Path
 from urllib.parse import urlencode
 
@@ -58,6 +58,7 @@ COLUMN_LENGTH = 8192  # characters of a text, where Sentry cuts messages, too
 NAME_LENGTH = 200  # characters of the name of a value
 LINE_LENGTH = 1024  # characters of a source line
 JSON_LENGTH = 100_000  # characters of a request's body, sent as JSON text, that are read as JSON
+CONTAINERS = 1_000_000  # objects and lists of a delivery, which take most time and memory to decode
 FRAMES = 250  # frames of an exception, the newest ones
 EXCEPTIONS = 50  # exceptions of an event, the outermost ones
 NEAREST = 20  # breadcrumbs, source lines on a side, and what else is only for people
@@ -97,18 +98,17 @@ class Refused(Exception):
 def load(body):
     """Return the JSON value in `body` (bytes). Raises ValueError, or RecursionError if too deep."""
     words = body.decode("utf-8-sig")  # because json.loads would guess UTF-16 and UTF-32, too
-    gc.disable()  # because the cyclic garbage collector slows decoding
     try:
         return DECODER.decode(words)
     except RecursionError:
         with ThreadPoolExecutor(1) as executor:  # whose stack is whole, so that it is read again
             return executor.submit(DECODER.decode, words).result()
-    finally:
-        gc.enable()
 
 
 def parse_body(body):
     """Return the delivery, a dict, in `body` (bytes). Raises Refused for anything else."""
+    if body.count(b"[") + body.count(b"{") > CONTAINERS:
+        raise Refused("not JSON", "it has too many objects and lists")
     try:
         payload = load(body)
     except UnicodeDecodeError:
@@ -1174,7 +1174,7 @@ class Store:
         self.waiting = []  # spooled files, the next one last, listed once for all that wait
         self.counts = {}  # (count, time of the last) by (outcome, reason), not written yet
         self.deleted = 0  # expired errors since the last log line about them
-        self.failures = {}  # words of the last failure by step of maintenance, logged once
+        self.failures = {}  # kind of the last failure by step of maintenance, logged once
         # Monotonic time at which a step of maintenance is due.
         self.due = dict.fromkeys((self.write_counts, self.move_spooled, self.prune), -math.inf)
 
@@ -1260,8 +1260,8 @@ class Store:
                 self.due[step] = time.monotonic()
             self.failures.pop(step, None)
         except (sqlite3.Error, OSError, MemoryError) as error:
-            if not is_busy(error) and str(error) != self.failures.get(step):
-                self.failures[step] = str(error)
+            if not is_busy(error) and kind_of(error) != self.failures.get(step):
+                self.failures[step] = kind_of(error)
                 self.log_failure("maintenance failed", error)
         return min(self.due.values()) <= time.monotonic()
 
@@ -1800,7 +1800,8 @@ def list_errors():
     if form == "ndjson":
         # An export is never cached, nor read whole for a tag.
         lines = export(store().database, query, link(""))
-        return Response(lines, mimetype=FORMS[form][0])
+        first = next(lines, "")  # before the status is sent, which a failure changes
+        return Response(chain([first], lines), mimetype=FORMS[form][0])
     return show_list("errors", form, query)
 
 
@@ -1945,16 +1946,12 @@ def guard_reading():
 
 def knows_token(token):
     """Return True if the request carries the token, as Bearer token or as Basic password."""
-    try:
-        authorization = request.authorization
-    except ValueError:  # the header is not ASCII
-        return False
-    if authorization is None:
-        return False
-    given = authorization.password or ""
-    if authorization.type == "bearer":
-        given = authorization.token or ""
-    return hmac.compare_digest(given.encode("utf-8", "replace"), token.encode())
+    scheme, _, given = request.headers.get("Authorization", "").partition(" ")
+    if scheme.lower() == "basic":
+        with suppress(ValueError):  # of what is not a user and a password
+            given = base64.b64decode(given).decode().partition(":")[2]
+    is_equal = hmac.compare_digest(given.strip().encode("utf-8", "replace"), token.encode())
+    return is_equal and scheme.lower() in ("basic", "bearer")
 
 
 def link(path):
@@ -2346,6 +2343,12 @@ def start_reports(dsn):
     return sentry_sdk.capture_exception
 
 
+def hide_request(line):
+    """Take what gunicorn quotes of a broken request, which may be a secret, off its log line."""
+    line.msg = re.sub(r"(?s)^(Invalid request from ip=\S*?): .*", r"\1", str(line.msg))
+    return True
+
+
 def describe_start(store):
     """Return what is on and what is off, in one line."""
     settings = store.settings
@@ -2368,6 +2371,7 @@ def create_app(config=None):
     if not log.handlers:  # without gunicorn, whose log this is
         log.addHandler(logging.StreamHandler())
         log.setLevel(logging.INFO)
+    gc.set_threshold(50_000)  # or decoding a delivery takes three times as long
     settings = read_settings(config)
     app = Flask(__name__, static_folder=None)
     # Flask would redirect to the address without the slash; Sentry takes a redirect for success.

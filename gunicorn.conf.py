@@ -41,8 +41,7 @@ def when_ready(server):
         raise SystemExit(1)
     app = server.app.wsgi()
     server.log.info(collector.describe_start(app.extensions["collector"]))
-    # gunicorn quotes up to 32 kB of a broken request, secrets in it.
-    server.log.error_log.addFilter(lambda line: not str(line.msg).startswith("Invalid request"))
+    server.log.error_log.addFilter(collector.hide_request)
     fork_as_server(server.cfg, app.extensions["collector"].upgrade)
     for name in app.jinja_env.list_templates(extensions=("html", "txt")):
         app.jinja_env.get_template(name)  # or the first page of each worker would be late

@@ -274,7 +274,7 @@ def test_an_error_that_cannot_be_read_harms_no_other(app, path):
     assert client.errors() == [2, 1]
 
 
-TOKEN = "t0ken-of-readers"
+TOKEN = "t0ken=of-readers"
 
 
 def basic(password, user="anybody"):
@@ -283,7 +283,7 @@ def basic(password, user="anybody"):
 
 KNOWING = [f"Bearer {TOKEN}", f"bearer {TOKEN}", basic(TOKEN), basic(TOKEN, "")]
 NOT_KNOWING = [
-    None, "", TOKEN, "Bearer", "Bearer ", f"Bearer {TOKEN[:-1]}", f"Bearer {TOKEN}x", "Bearer \xe9", basic("wrong"), basic("x", TOKEN), basic(""), "Basic", "Basic %%%",
+    None, "", TOKEN, f"Token {TOKEN}", "Bearer", "Bearer ", f"Bearer {TOKEN[:-1]}", f"Bearer {TOKEN}x", "Bearer \xe9", basic("wrong"), basic("x", TOKEN), basic(""), "Basic", "Basic %%%",
     "Basic " + base64.b64encode(b"\xff\xfe").decode(), "Basic " + base64.b64encode(TOKEN.encode()).decode(),
 ]  # fmt: skip
 

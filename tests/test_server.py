@@ -269,6 +269,15 @@ def test_the_log_says_in_one_line_what_is_on_and_what_is_off(server, tmp_path):
 ENTRYPOINT = (ROOT / "entrypoint.sh").read_text()
 
 
+def test_what_gunicorn_refuses_is_logged_without_its_words(server):
+    it = server(WEB_CONCURRENCY="1")
+    with socket.create_connection(("127.0.0.1", it.port)) as client:
+        client.sendall(b"POST /sentry/webhook HTTP/1.1\r\nHost: a\r\nX: 1\r\n hush\r\n\r\n")
+        assert client.recv(4096).startswith(b"HTTP/1.1 400")
+    wait_for(lambda: "Invalid request from ip=127.0.0.1\n" in it.log.read_text())
+    assert "hush" not in it.log.read_text()
+
+
 def enter(folder, owner=None, **env):
     """Run the container's entrypoint, its /data here; return the ended process of `id`."""
     folder.mkdir()

@@ -216,7 +216,8 @@ def test_a_database_that_is_not_for_us_is_left_as_it_is(app, tmp_path, path):
         client = app()
         assert client.deliver(event_payload(1)).status_code == 202
         maintain(client)
-        assert client.get("/errors").status_code == 503
+        for place in ("/errors", "/errors?format=ndjson"):
+            assert client.get(place).status_code == 503
         core(client).close()
         assert path.read_bytes() == before, sql
         path.unlink()
@@ -301,7 +302,7 @@ def test_a_delivery_for_which_the_memory_is_short_is_spooled(server):
     used = int(Path(f"/proc/{worker}/statm").read_text().split()[0]) * resource.getpagesize()
     unlimited = resource.prlimit(worker, resource.RLIMIT_AS, (used + 60 * 2**20, -1))
     # As text 3 MB, as objects more than 100 MB.
-    status, reply = it.deliver(event_payload(1, extra={"a": [{}] * 10**6}))
+    status, reply = it.deliver(event_payload(1, extra={"a": [{}] * 900_000}))
     assert (status, reply) == (202, {"status": "queued"})
     resource.prlimit(worker, resource.RLIMIT_AS, unlimited)
     wait_for(lambda: it.get("/errors") and not it.spooled())
@@ -333,15 +334,18 @@ def test_a_file_that_holds_no_error_is_renamed_and_one_that_cannot_be_read_waits
     put(tmp_path, "2", b'{"action": "created", "data": {}}')
     put(tmp_path, "3", wire(event_payload(1)), head="no head")
     put(tmp_path, "4", wire(event_payload(2)), head=["no time", None])
-    (path.parent / "spool" / "5.delivery").mkdir()  # even root cannot read it
+    for number in (5, 7):
+        (path.parent / "spool" / f"{number}.delivery").mkdir()  # even root cannot read it
     put(tmp_path, "6", wire(event_payload(3)))
     client = app()
     wait_for(lambda: maintain(client) or client.errors() == [1])
     names = sorted(file.name for file in (path.parent / "spool").iterdir())
-    assert names == ["1.rejected", "2.rejected", "3.rejected", "4.rejected", "5.delivery"]
+    rejected = [f"{number}.rejected" for number in range(1, 5)]
+    assert names == [*rejected, "5.delivery", "7.delivery"]
     assert len([line for line in log() if "cannot store a spooled delivery" in line]) == 4
-    core(client).due = dict.fromkeys(core(client).due, 0)
-    maintain(client)
+    for _ in range(4):
+        core(client).due = dict.fromkeys(core(client).due, 0)
+        maintain(client)
     # Once, and once more after another one was moved.
     assert len([line for line in log() if "IsADirectoryError" in line]) == 2
 
