@@ -1290,11 +1290,11 @@ class Store:
         except Exception as error:
             is_of_system = isinstance(error, sqlite3.Error | OSError | MemoryError)
             if is_of_system and not isinstance(error, GIVEN_FAULTS):
-                self.waiting.clear()  # it is the first one again
+                if not isinstance(error, MemoryError):  # for which others may be small enough
+                    self.waiting.clear()  # so that it is the first one again
                 raise
-            rejected = file.rename(file.with_suffix(".rejected"))
-            kind = type(error).__name__
-            log.error("cannot store a spooled delivery (%s), see %s", kind, rejected)
+            aside = file.rename(file.with_suffix(".rejected"))
+            log.error("cannot store a spooled delivery (%s), see %s", type(error).__name__, aside)
 
     def prune(self):
         """Delete some errors that RETENTION_DAYS has passed. Return True if there may be more."""

@@ -304,8 +304,12 @@ def test_a_delivery_for_which_the_memory_is_short_is_spooled(server):
     # As text 3 MB, as objects more than 100 MB.
     status, reply = it.deliver(event_payload(1, extra={"a": [{}] * 900_000}))
     assert (status, reply) == (202, {"status": "queued"})
+    # Another one, behind it in the spool, need not wait for it.
+    put(it.folder, "9", wire(event_payload(2)))
+    wait_for(lambda: it.get("/errors"))
+    assert [error["event_id"] for error in it.get("/errors")] == [f"{2:032x}"]
     resource.prlimit(worker, resource.RLIMIT_AS, unlimited)
-    wait_for(lambda: it.get("/errors") and not it.spooled())
+    wait_for(lambda: len(it.get("/errors")) == 2 and not it.spooled())
 
 
 # --------------------------------------------------------------------------------------------------
