@@ -899,7 +899,6 @@ BAD_BODIES = [
     (gzip.compress(b'{"action": "created", "data": {"error": {}}}'), "not UTF-8"),
     ('{"action": "created", "data": "é"}'.encode("latin-1"), "not UTF-8"),
     (b'{"action": "\xed\xa0\x80"}', "not UTF-8"), ('{"action": "created"}'.encode("utf-16-le"), "not JSON"),
-    (b'{"event":{"a":[' + b"{}," * 10**6 + b"{}]}}", "not JSON"),
     (b"[" * 100_000, "not JSON"), (b'{"action":' * 100_000, "not JSON"),
     (b'{"action":"created","data":' + b"[" * 100_000 + b"]" * 100_000 + b"}", "not JSON"),
 ]  # fmt: skip
