@@ -278,7 +278,9 @@ def table(rows):
     for keys, row in rows.items():
         for key in keys.split():
             compiled[key] = []
-            steps = {str: (text, row), tuple: row}.get(type(row), (row, key))
+            steps = row if isinstance(row, tuple) else (row, key)
+            if isinstance(row, str):  # paths alone
+                steps = (text, row)
             for parse, paths in zip(steps[::2], steps[1::2], strict=True):
                 compiled[key] += [(parse, path.split(".")) for path in paths.split()]
     return compiled
