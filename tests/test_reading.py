@@ -623,6 +623,14 @@ def test_an_issue_has_every_key_and_its_address(client):
     assert client.errors(urlsplit(row["url"]).query) == [2, 1]
 
 
+def test_a_short_id_is_looked_up_on_the_server_that_is_asked_for(client):
+    for number, host in ((1, "a.example.com"), (2, "b.example.com")):
+        payload = issue_event(number, number, host)
+        payload["data"]["issue"] = {"shortId": "SHOP-1"}
+        client.deliver(payload)
+    assert client.errors("issue=SHOP-1&server=a.example.com") == [1]
+
+
 def test_an_issue_of_two_servers_is_two_and_a_short_id_of_any_row_is_shown(client):
     client.deliver({"action": "created", "data": {"issue": {"id": "9", "shortId": "TEA-9", "web_url": "https://sentry.io/organizations/tea/issues/9/"}}})  # fmt: skip
     client.deliver(issue_event(1, 9))

@@ -284,6 +284,12 @@ def test_a_row_that_the_database_refuses_holds_up_nobody(app, tmp_path, path, lo
     assert len([line for line in log() if "cannot store a spooled delivery" in line]) == 1
 
 
+def test_health_is_spooling_while_errors_are_refused_though_the_heartbeat_is_not(client, path):
+    client.get("/health")
+    write(path, "CREATE TRIGGER t BEFORE INSERT ON errors BEGIN SELECT RAISE(FAIL, 'no'); END")
+    assert client.get("/health").json["status"] == "spooling"
+
+
 def test_a_fault_of_its_own_is_logged_without_a_word_of_a_delivery(app, path, log):
     client = app()
     client.deliver(event_payload(1))
