@@ -63,7 +63,7 @@ ORDER = {
 }  # fmt: skip
 CLUES = {
     "errors": [{"type": "js_no_source", "url": "https://x/a.js.map"}],
-    "template": {"filename": "cart.html", "lineno": 12, "context_line": "{{ total }}"},
+    "template": {"filename": "cart.html", "lineno": 12, "context_line": "{{ total }}\x1b[2J\nlevel: x"},
     "threads": {"values": [{
         "id": 1, "name": "main", "state": "BLOCKED", "held_locks": {"0x1": {"class_name": "Kettle", "address": "0x1"}},
         "stacktrace": {"frames": [frame("Pot.java", "wait", 9)]},
@@ -639,6 +639,7 @@ def test_what_else_explains_a_crash_is_told_in_text_and_page(client):
     for words in "SIGSEGV 950 cart.html total js_no_source main BLOCKED Pot.java".split():
         assert words in text and words in page, words
     assert text.index("cart.html") < text.index('File "a.c"')
+    assert "\nlevel: x" not in text and "\x1b" not in text
     assert "errors" not in client.get("/errors/1").json
 
 
