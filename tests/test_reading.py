@@ -699,9 +699,10 @@ def test_a_page_of_long_texts_is_bounded_and_leads_to_the_rest(client):
 def test_a_search_that_takes_long_replies_with_a_part_and_goes_on(client, path):
     client.deliver(event_payload("first", title="a" * 98 + "b"))
     columns = "title, message, culprit, exception_type, exception_value"
-    sql = f"""WITH RECURSIVE numbers (n) AS (SELECT 1 UNION ALL SELECT n + 1 FROM numbers LIMIT ?3)
+    sql = f"""WITH RECURSIVE given (at, text, most) AS (VALUES (?, ?, ?)), numbers (n) AS
+        (SELECT 1 UNION ALL SELECT n + 1 FROM numbers WHERE n < (SELECT most FROM given))
         INSERT INTO errors (received_at, timestamp, identity, issue_id, {columns})
-        SELECT ?1, ?1, ?3 || n, n, ?2, ?2, ?2, ?2, ?2 FROM numbers"""
+        SELECT at, at, most || n, n, text, text, text, text, text FROM numbers, given"""
     write(path, sql, hours_ago(0), "a" * 8000, 1000)
     write(path, sql, hours_ago(0), "short", 20_000)  # which let a walk take large steps
     query = f"q={'a' * 98}b"
